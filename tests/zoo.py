@@ -1,0 +1,301 @@
+"""Tiny random-weight members of the model families that vlmopt must capture and rewrite.
+
+Every entry builds a real Hugging Face architecture with a small config, and a batch of real inputs
+for it: prompts of unequal length (left padding), one image per sample, images all different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IMAGE = 3  # token id of the image placeholder in every tiny vocabulary
+VOCAB = 64
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: how to build it, and how to make its inputs.
+
+    Attributes:
+        build: ``(layers) -> model``, float32, eval mode.
+        image_tokens: visual tokens that one image becomes in the prompt.
+        pixels: ``(batch, seed) -> dict`` with the family's image tensors.
+    """
+
+    name: str
+    build: Callable[[int], Any]
+    image_tokens: int
+    pixels: Callable[[int, int], dict[str, torch.Tensor]]
+
+
+def _text(layers: int, **extra: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **extra,
+    }
+
+
+def _clip_vision(**extra: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        **extra,
+    }
+
+
+def _images(size: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    def pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
+
+    return pixels
+
+
+def _llava(layers: int) -> Any:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **_clip_vision()},
+        text_config={"model_type": "llama", **_text(layers)},
+        image_token_index=IMAGE,
+        image_seq_length=16,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _llava_onevision(layers: int) -> Any:
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    config = LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **_clip_vision()},
+        text_config={"model_type": "qwen2", **_text(layers)},
+        image_token_index=IMAGE,
+        video_token_index=5,
+        image_grid_pinpoints=[[32, 32]],
+        vision_feature_layer=-1,
+    )
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def _llava_onevision_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    # a base view and one tile per image, as the processor makes them
+    return {
+        "pixel_values": torch.randn(batch, 2, 3, 32, 32, generator=generator),
+        "image_sizes": torch.tensor([[32, 32]] * batch),
+    }
+
+
+def _internvl(layers: int) -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": [64, 64],
+            "patch_size": [8, 8],
+        },
+        text_config={"model_type": "qwen2", **_text(layers)},
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        downsample_ratio=0.5,
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+def _smolvlm(layers: int) -> Any:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    config = SmolVLMConfig(
+        vision_config={**_clip_vision(image_size=64), "model_type": "smolvlm_vision"},
+        text_config={"model_type": "llama", **_text(layers)},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return SmolVLMForConditionalGeneration(config)
+
+
+def _smolvlm_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(batch, 1, 3, 64, 64, generator=generator)}
+
+
+def _gemma3(layers: int) -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = Gemma3Config(
+        text_config={
+            "model_type": "gemma3_text",
+            **_text(layers, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
+            "layer_types": [
+                "full_attention" if i % 2 else "sliding_attention" for i in range(layers)
+            ],
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **_clip_vision(),
+            "vision_use_head": False,
+        },
+        image_token_index=IMAGE,
+        mm_tokens_per_image=16,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+
+
+def _qwen2_vl(layers: int) -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    config = Qwen2VLConfig(
+        text_config={**_text(layers), "rope_parameters": dict(_MROPE)},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+        },
+        image_token_id=IMAGE,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl(layers: int) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={**_text(layers), "rope_parameters": dict(_MROPE)},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=IMAGE,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl(layers: int) -> Any:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    config = Qwen3VLConfig(
+        text_config={
+            **_text(layers, head_dim=8),
+            "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 8,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        image_token_id=IMAGE,
+        video_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.tensor([[1, 8, 8]] * batch)  # 64 patches, merged 2x2 to 16 tokens
+    return {
+        "pixel_values": torch.randn(64 * batch, 3 * 2 * 8 * 8, generator=generator),
+        "image_grid_thw": grid,
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llava", _llava, 16, _images(32)),
+        Family("llava_onevision", _llava_onevision, 16 + 16 + 4, _llava_onevision_pixels),
+        Family("internvl", _internvl, 16, _images(64)),
+        Family("smolvlm", _smolvlm, 16, _smolvlm_pixels),
+        Family("gemma3", _gemma3, 16, _images(32)),
+        Family("qwen2_vl", _qwen2_vl, 16, _qwen_pixels),
+        Family("qwen2_5_vl", _qwen2_5_vl, 16, _qwen_pixels),
+        Family("qwen3_vl", _qwen3_vl, 16, _qwen_pixels),
+    )
+}
+
+
+def build(name: str, *, layers: int = 4, seed: int = 0) -> Any:
+    """The tiny model of family ``name``: float32, eval mode, random weights from ``seed``."""
+    torch.manual_seed(seed)
+    return FAMILIES[name].build(layers).eval()
+
+
+def inputs(
+    name: str, *, batch: int = 1, text: tuple[int, ...] = (), seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Generate-style inputs of ``batch`` samples with one image each.
+
+    Sample ``b`` has ``text[b]`` text tokens after its image (default ``6 + 2 * b``), so batches are
+    left-padded. Returns ``input_ids``, ``attention_mask`` (int64 ``[batch, length]``) and the
+    family's image tensors.
+    """
+    family = FAMILIES[name]
+    generator = torch.Generator().manual_seed(seed + 1)
+    text = text or tuple(6 + 2 * b for b in range(batch))
+    rows = []
+    for count in text:
+        before = torch.randint(8, VOCAB, (2,), generator=generator).tolist()
+        after = torch.randint(8, VOCAB, (count,), generator=generator).tolist()
+        # Qwen models find images by the vision-start token before them
+        rows.append([1, *before, 6, *([IMAGE] * family.image_tokens), 7, *after])
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    batch_inputs = {"input_ids": ids, "attention_mask": mask, **family.pixels(batch, seed)}
+    if name == "gemma3" or name.startswith("qwen"):
+        batch_inputs["mm_token_type_ids" if name != "gemma3" else "token_type_ids"] = (
+            ids == IMAGE
+        ).long()
+    return batch_inputs

@@ -1,0 +1,444 @@
+"""Capture: from a model and example inputs to a :class:`~vlmopt.program.Program`.
+
+Hugging Face models are split and traced by ``transformers.exporters``; any other module by
+``torch.export``. Weights may be absent (parameters on the meta device): everything except running
+the program then works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from vlmopt import families
+from vlmopt.errors import CaptureError, VlmoptError
+from vlmopt.graph.canonical import canonical_graph
+from vlmopt.program import Modality, Port, Program, Role, Stage
+
+Inputs = Mapping[str, Any] | Sequence[Any]
+
+
+def capture(
+    model: nn.Module, inputs: Inputs, *, roles: Mapping[str, Role] | None = None
+) -> Program:
+    """Capture ``model`` as a program of fx graphs, specialised to the shapes of ``inputs``.
+
+    Args:
+        model: a Hugging Face model that generates, or any ``nn.Module``; eval mode is used and
+            the module is left as it was. Parameters on the meta device are fine.
+        inputs: keyword inputs as for ``model.generate`` (``input_ids``, ``attention_mask`` and
+            image tensors, as a processor returns them); for a plain module keyword or positional
+            inputs of ``forward``.
+        roles: role of inputs of a plain module, by argument name.
+
+    Returns:
+        Stages ``vision_encoder``, ``projector``, ``language_model`` (prefill), ``lm_head`` and
+        ``decode`` for a vision-language model (those that the model has), else ``model``.
+
+    Raises:
+        CaptureError: the model cannot be traced; the message holds the stage and the cause.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if _is_generative(model) and isinstance(inputs, Mapping):
+            return _capture_generative(model, dict(inputs))
+        return _capture_plain(model, inputs, roles or {})
+    finally:
+        model.train(training)
+
+
+def modality_of(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, visual_ids: Sequence[int]
+) -> torch.Tensor:
+    """Modality of each token of a prompt, int64 ``[batch, tokens]`` (see ``Modality``)."""
+    modality = torch.full_like(input_ids, Modality.TEXT, dtype=torch.int64)
+    for token in visual_ids:
+        modality[input_ids == token] = Modality.VISION
+    if attention_mask is not None and attention_mask.ndim == 2:
+        modality[attention_mask[:, -input_ids.shape[1] :] == 0] = Modality.PADDING
+    return modality
+
+
+def _is_generative(model: nn.Module) -> bool:
+    from transformers import GenerationMixin, PreTrainedModel
+
+    return isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)
+
+
+# -- Hugging Face ------------------------------------------------------------------------------
+
+
+def _capture_generative(model: Any, inputs: dict[str, Any]) -> Program:
+    weightless = any(parameter.is_meta for parameter in model.parameters())
+    with _quiet(), _fake_weights(model) if weightless else contextlib.nullcontext() as mode:
+        components = _fake_components(model, inputs, mode) if mode else _components(model, inputs)
+        stages: dict[str, Stage] = {}
+        facts = _prompt_facts(model, inputs)
+        for component, (module, kwargs) in components.items():
+            name = families.STAGE_NAMES.get(component, component)
+            if name == "decode":
+                kwargs = _with_full_cache(kwargs, stages.get("language_model"), mode)
+            elif name == "lm_head":  # one row is all that generation needs
+                kwargs = {key: value[:, -1:] for key, value in kwargs.items()}
+            stages[name] = _export_stage(name, module, kwargs)
+            if name in ("language_model", "decode"):
+                stages[name].facts.update(facts)
+        if "language_model" in stages and any(facts.get("visual_tokens", ())):
+            _add_modality(stages["language_model"], facts)
+    order = list(dict.fromkeys(families.STAGE_NAMES.values()))
+    ordered = sorted(stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1)
+    return Program(
+        dict(ordered),
+        model_type=model.config.model_type,
+        metadata={
+            "class": type(model).__name__,
+            "visual_token_ids": list(families.visual_token_ids(model.config)),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "weights": not weightless,
+        },
+    )
+
+
+def _components(model: Any, inputs: dict[str, Any]) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Stages' modules with the keyword inputs they got while the model generated two tokens."""
+    from transformers.exporters.utils import (
+        _capture_forward,
+        _find_multimodal_submodules,
+        decompose_for_generation,
+    )
+
+    # generate() may encode images before forward(), where the decomposition does not look
+    parts = _find_multimodal_submodules(model)
+    with contextlib.ExitStack() as stack:
+        calls = {
+            name: (module, stack.enter_context(_capture_forward(module)))
+            for name, module in parts.items()
+            if families.STAGE_NAMES.get(name) in ("vision_encoder", "projector")
+        }
+        try:
+            components = dict(decompose_for_generation(model, inputs))
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} could not generate from these inputs: {_cause(error)}",
+                hint="check that model.generate(**inputs, max_new_tokens=2) runs",
+            ) from error
+    for name, (module, seen) in calls.items():
+        if seen:
+            components[name] = (module, seen[-1])
+    return components
+
+
+def _fake_components(
+    model: Any, inputs: dict[str, Any], mode: FakeTensorMode
+) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """As :func:`_components` for a model without weights: one forward pass on fake tensors."""
+    from transformers.exporters.utils import _capture_forward, _find_multimodal_submodules
+
+    fake = {
+        key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
+    parts = _find_multimodal_submodules(model)
+    if not parts:
+        raise CaptureError(
+            f"{type(model).__name__} has no weights and is no vision-language model that "
+            "transformers can take apart",
+            hint="load its weights, or capture its decoder as a plain module",
+        )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_unchecked_placeholders(model))
+        calls = {name: stack.enter_context(_capture_forward(part)) for name, part in parts.items()}
+        stack.enter_context(mode)
+        model(**fake, use_cache=True)
+        components = {name: (part, calls[name][-1]) for name, part in parts.items() if calls[name]}
+        batch, length = inputs["input_ids"].shape
+        mask = torch.ones(batch, length + 1, dtype=torch.int64)
+        positions = components["language_model"][1].get("position_ids")
+        if positions is None:
+            positions = torch.arange(length).expand(batch, length)
+        components["decode"] = (
+            model,
+            {
+                "input_ids": torch.zeros(batch, 1, dtype=torch.int64),
+                "attention_mask": mask,
+                "position_ids": positions[..., -1:] + 1,
+                "past_key_values": None,
+            },
+        )
+    return components
+
+
+@contextlib.contextmanager
+def _fake_weights(model: nn.Module) -> Iterator[FakeTensorMode]:
+    """Stand-ins on the CPU for parameters and buffers of the meta device, for a while."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    swapped: list[tuple[dict[str, Any], str, Any]] = []
+    stand_ins: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in stand_ins:  # tied weights stay tied
+                    twin: Any = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+                    if isinstance(tensor, nn.Parameter):
+                        twin = nn.Parameter(twin, requires_grad=False)
+                    stand_ins[id(tensor)] = twin
+                swapped.append((table, name, tensor))
+                table[name] = stand_ins[id(tensor)]
+    try:
+        yield mode
+    finally:
+        for table, name, tensor in swapped:
+            table[name] = tensor
+
+
+@contextlib.contextmanager
+def _unchecked_placeholders(model: nn.Module) -> Iterator[None]:
+    """Switch off the count of image placeholders, which needs the values of fake tensors."""
+    namespace = vars(sys.modules[type(model).__module__])
+    name = "torch_compilable_check"
+    original = namespace.get(name)
+    if original is not None:
+        namespace[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        if original is not None:
+            namespace[name] = original
+
+
+def _with_full_cache(
+    kwargs: dict[str, Any], prefill: Stage | None, mode: FakeTensorMode | None
+) -> dict[str, Any]:
+    """Decode inputs whose cache holds every token of the prompt in every layer.
+
+    A sliding-window cache would hold fewer; the mask already keeps the window, and one length per
+    layer is what lets passes shorten layers one by one.
+    """
+    from transformers import DynamicCache
+
+    if prefill is None:
+        return kwargs
+    cache = DynamicCache()
+    keys = {port.layer: port for port in prefill.find_outputs(Role.KEY)}
+    values = {port.layer: port for port in prefill.find_outputs(Role.VALUE)}
+    with mode or contextlib.nullcontext():
+        for layer in sorted(keys):
+            pair = [
+                torch.zeros(tuple(val.shape), dtype=val.dtype)
+                for val in (
+                    prefill.output_node(keys[layer]).meta["val"],
+                    prefill.output_node(values[layer]).meta["val"],
+                )
+            ]
+            cache.update(pair[0], pair[1], layer)  # type: ignore[arg-type]
+    return {**kwargs, "past_key_values": cache}
+
+
+def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage:
+    from transformers.exporters.exporter_dynamo import (
+        DynamoConfig,
+        DynamoExporter,
+        register_cache_pytrees_for_model,
+    )
+
+    constants = {key: value for key, value in kwargs.items() if key in families.OUTPUT_FLAGS}
+    kwargs = {
+        key: value for key, value in kwargs.items() if value is not None and key not in constants
+    }
+    register_cache_pytrees_for_model(module)  # type: ignore[arg-type]
+    config = DynamoConfig(
+        dynamic=False, dynamic_shapes=_decode_shapes(kwargs) if name == "decode" else None
+    )
+    flags = {key: constants[key] for key in ("use_cache", "return_dict") if key in constants}
+    try:
+        exported, metadata = DynamoExporter().export_program(module, {**kwargs, **flags}, config)  # type: ignore[arg-type]
+        graph_module, leaves = canonical_graph(exported)
+    except VlmoptError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"stage {name} ({type(module).__name__}) cannot be traced: {_cause(error)}",
+            hint="run with -v for the tracer's own message",
+        ) from error
+    stage = _stage(name, graph_module, leaves, exported.call_spec)
+    stage.facts["in_spec"] = metadata.in_spec
+    stage.facts["out_spec"] = metadata.out_spec
+    return stage
+
+
+def _decode_shapes(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Only the number of past tokens varies from step to step."""
+    shapes: dict[str, Any] = {}
+    for key, value in kwargs.items():
+        if key == "past_key_values":
+            leaves = pytree.tree_leaves(value)
+            shapes[key] = [{2: Dim.AUTO} if leaf.ndim == 4 else None for leaf in leaves]
+        else:
+            shapes[key] = {1: Dim.AUTO} if key == "attention_mask" else None
+    return shapes
+
+
+def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: Any) -> Stage:
+    """Read the meaning of inputs and outputs off their place in the pytrees of the call."""
+    args, kwargs = pytree.tree_unflatten(list(leaves), call_spec.in_spec)
+    by_name: dict[str, Port] = {}
+    for key, value in kwargs.items():
+        for port in _ports(key, value, families.INPUT_ROLES.get(key, Role.OTHER)):
+            by_name[port.name] = port
+    inputs = tuple(
+        by_name.get(node.name, Port(node.name))
+        for node in graph_module.graph.find_nodes(op="placeholder")
+    )
+    values = graph_module.graph.output_node().args[0]
+    result = pytree.tree_unflatten(list(range(call_spec.out_spec.num_leaves)), call_spec.out_spec)
+    found: dict[int, Port] = {}
+    items = result.items() if hasattr(result, "items") else [("output", result)]
+    for key, value in items:
+        for port in _ports(key, value, _OUTPUT_ROLES.get(key, Role.OTHER)):
+            found[int(port.name.rsplit("#", 1)[-1])] = port
+    outputs = []
+    kept = []
+    for index, node in enumerate(values):
+        if not isinstance(node, torch.fx.Node):
+            continue  # a constant of the output structure, such as None
+        port = found.get(index, Port(f"output#{index}"))
+        kept.append(node)
+        outputs.append(_rename(port, index))
+    graph_module.graph.output_node().args = (tuple(kept),)
+    graph_module.recompile()
+    return Stage(name, graph_module, inputs, tuple(outputs), {"output_leaves": len(values)})
+
+
+_OUTPUT_ROLES = {
+    "last_hidden_state": Role.HIDDEN_STATES,
+    "logits": Role.LOGITS,
+    "output": Role.OTHER,
+}
+
+
+def _ports(key: str, value: Any, role: Role) -> Iterator[Port]:
+    """Ports of one argument or result; leaves are placeholder names or output indices."""
+    if hasattr(value, "layers"):  # a cache
+        for layer, entry in enumerate(value.layers):
+            for kind, leaf in vars(entry).items():
+                kind_role = {"keys": Role.KEY, "values": Role.VALUE}.get(kind)
+                if kind_role is not None and leaf is not None:
+                    yield _leaf_port(f"{kind_role}_{layer}", leaf, kind_role, layer)
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _ports(f"{key}_{name}", item, role)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _ports(f"{key}_{index}", item, role)
+    elif isinstance(value, (str, int)) and not isinstance(value, bool):
+        yield _leaf_port(key, value, role, None)
+
+
+def _leaf_port(name: str, leaf: str | int, role: Role, layer: int | None) -> Port:
+    return Port(leaf if isinstance(leaf, str) else f"{name}#{leaf}", role, layer)
+
+
+def _rename(port: Port, index: int) -> Port:
+    return Port(port.name.removesuffix(f"#{index}"), port.role, port.layer)
+
+
+def _prompt_facts(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Counts per sample of the capture batch."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        return {}
+    modality = modality_of(
+        ids, inputs.get("attention_mask"), families.visual_token_ids(model.config)
+    )
+
+    def counts(kind: int) -> list[int]:
+        return [int(n) for n in (modality == kind).sum(1)]
+
+    return {
+        "batch": ids.shape[0],
+        "tokens": ids.shape[1],
+        "visual_tokens": counts(Modality.VISION),
+        "text_tokens": counts(Modality.TEXT),
+        "padding_tokens": counts(Modality.PADDING),
+    }
+
+
+def _add_modality(stage: Stage, facts: dict[str, Any]) -> None:
+    """Give the language model one more input: where each of its tokens comes from."""
+    graph = stage.graph
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder("modality")
+    with stage.fake_mode():
+        node.meta["val"] = torch.empty(facts["batch"], facts["tokens"], dtype=torch.int64)
+    stage.inputs = (*stage.inputs, Port(node.name, Role.MODALITY))
+    stage.graph_module.recompile()
+
+
+# -- any other module --------------------------------------------------------------------------
+
+
+def _capture_plain(model: nn.Module, inputs: Inputs, roles: Mapping[str, Role]) -> Program:
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(model, args, copy.copy(kwargs))
+        graph_module, leaves = canonical_graph(exported)
+    except VlmoptError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced by torch.export: {_cause(error)}",
+            hint="torch.export.export(model, args) must work; see its message above",
+        ) from error
+    stage = _stage("model", graph_module, leaves, exported.call_spec)
+    unknown = set(roles) - {port.name for port in stage.inputs}
+    if unknown:
+        raise CaptureError(
+            f"no input is called {', '.join(sorted(unknown))}",
+            hint=f"the inputs are {', '.join(port.name for port in stage.inputs)}",
+        )
+    stage.inputs = tuple(
+        Port(port.name, roles.get(port.name, port.role), port.layer) for port in stage.inputs
+    )
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
+    return Program(
+        {"model": stage},
+        model_type=type(model).__name__,
+        metadata={"class": type(model).__name__, "dtype": dtype, "weights": True},
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost cause: exporters wrap the one message that matters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn about being experimental at every call; once is no news to our user."""
+    logger = logging.getLogger("transformers.exporters")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

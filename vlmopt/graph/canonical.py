@@ -1,0 +1,182 @@
+"""From a ``torch.export`` program to the canonical graph of a stage.
+
+Canonical: functional ATen without decomposing composite operators, weights as ``get_attr``, no
+run-time asserts, no concatenation with nothing, and masked row updates in dense form.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind, OutputKind
+
+from vlmopt.errors import CaptureError
+
+aten = torch.ops.aten
+
+
+def canonical_graph(
+    exported: torch.export.ExportedProgram,
+) -> tuple[fx.GraphModule, list[str | None]]:
+    """The canonical graph of an exported program.
+
+    Returns:
+        The graph module, and for each leaf of the program's pytree inputs (in order) the name of
+        its placeholder, or ``None`` where the leaf is a constant that the graph does not take.
+
+    Raises:
+        CaptureError: the graph mutates a buffer or an input.
+    """
+    exported = exported.run_decompositions({})
+    lifted = exported.graph_module
+    root = torch.nn.Module()
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    leaves: list[str | None] = []
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT):
+            raise CaptureError(
+                f"the model changes {spec.target or spec.arg} while it runs ({spec.kind.name})",
+                hint="capture it in eval mode, or make the update an output",
+            )
+    for node in lifted.graph.nodes:
+        spec = specs.get(node.name) if node.op == "placeholder" else None
+        if spec is None or spec.kind is InputKind.USER_INPUT:
+            if spec is not None:
+                is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+                leaves.append(node.name if is_tensor else None)
+                if not is_tensor and not node.users:
+                    continue
+            copied = graph.node_copy(node, mapping.__getitem__)
+        else:
+            path = spec.target or f"constants.{node.name}"
+            _attach(root, path, _tensor_of(exported, spec))
+            copied = graph.get_attr(path)
+        copied.name = node.name
+        copied.meta = dict(node.meta)
+        mapping[node] = copied
+    graph.set_codegen(fx.graph.CodeGen())
+    module = fx.GraphModule(root, graph)
+    simplify(graph)
+    module.recompile()
+    return module, leaves
+
+
+def _tensor_of(exported: torch.export.ExportedProgram, spec: Any) -> torch.Tensor:
+    if spec.kind is InputKind.PARAMETER:
+        return exported.state_dict[spec.target]
+    if spec.kind is InputKind.BUFFER and spec.target in exported.state_dict:
+        return exported.state_dict[spec.target]
+    return exported.constants[spec.target]
+
+
+def _attach(root: torch.nn.Module, path: str, tensor: torch.Tensor) -> None:
+    *parents, leaf = path.split(".")
+    module = root
+    for name in parents:
+        if not hasattr(module, name):
+            module.add_module(name, torch.nn.Module())
+        module = getattr(module, name)
+    if isinstance(tensor, torch.nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Bring ``graph`` into canonical form, in place. Values are unchanged, bit for bit."""
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            rule = _RULES.get(node.target)
+            if rule is not None:
+                rule(graph, node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    graph.erase_node(node)
+
+
+def _drop_empty_operands(graph: fx.Graph, node: fx.Node) -> None:
+    """``cat([empty, x])`` is how a cache layer starts: x."""
+    operands = [value for value in node.args[0] if value.meta["val"].numel() != 0]  # type: ignore[union-attr]
+    if len(operands) == 1 and operands[0].meta["val"].dtype == node.meta["val"].dtype:
+        node.replace_all_uses_with(operands[0])
+        graph.erase_node(node)
+
+
+def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
+    """``x[mask] = x[mask] + rows`` becomes ``x + (zeros with rows at mask)``.
+
+    The packed form has one row per True of the whole batch: its length is only known at run time,
+    and a token axis cannot be followed through it.
+    """
+    base, indices, values = node.args[:3]
+    accumulate = node.args[3] if len(node.args) > 3 else False
+    if accumulate or len(indices) != 1 or indices[0] is None:  # type: ignore[arg-type]
+        return
+    mask = indices[0]  # type: ignore[index]
+    if mask.meta["val"].dtype != torch.bool or values.target is not aten.add.Tensor:  # type: ignore[union-attr]
+        return
+    read = [a for a in values.args if isinstance(a, fx.Node) and a.target is aten.index.Tensor]  # type: ignore[union-attr]
+    if len(read) != 1 or values.kwargs:  # type: ignore[union-attr]
+        return
+    source, source_indices = read[0].args[:2]
+    same = _origin(source) is _origin(base) and len(source_indices) == 1  # type: ignore[arg-type]
+    if not same or source_indices[0] is not mask:  # type: ignore[index]
+        return
+    rows = values.args[1] if values.args[0] is read[0] else values.args[0]  # type: ignore[union-attr]
+    like = node.meta["val"]
+    with graph.inserting_before(node), like.fake_mode:
+        spread = graph.call_function(aten.unsqueeze.default, (mask, -1))
+        zeros = graph.call_function(aten.zeros_like.default, (base,))
+        dense = graph.call_function(aten.masked_scatter.default, (zeros, spread, rows))
+        total = graph.call_function(aten.add.Tensor, (base, dense))
+        spread.meta = {**node.meta, "val": mask.meta["val"].unsqueeze(-1)}
+        for made in (zeros, dense, total):
+            made.meta = {**node.meta, "val": torch.empty_like(like)}
+    node.replace_all_uses_with(total)
+    graph.erase_node(node)
+
+
+def _origin(value: Any) -> Any:
+    while isinstance(value, fx.Node) and value.target in (aten.clone.default, aten.alias.default):
+        value = value.args[0]
+    return value
+
+
+_RULES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
+    aten._assert_tensor_metadata.default: _erase,
+    aten._assert_scalar.default: _erase,
+    aten.sym_constrain_range_for_size.default: _erase,
+    aten.sym_constrain_range.default: _erase,
+    aten.cat.default: _drop_empty_operands,
+    aten.index_put.default: _dense_masked_update,
+}
+
+SYMBOLIC_FUNCTIONS = frozenset(
+    {
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.mod,
+        operator.neg,
+        operator.eq,
+        operator.ge,
+        operator.le,
+        operator.gt,
+        operator.lt,
+        operator.getitem,
+        torch.sym_max,
+        torch.sym_min,
+        torch.sym_not,
+    }
+)
+"""Targets that compute with sizes, not tensors; legal beside ATen operators."""

@@ -1,0 +1,224 @@
+"""The program: a captured model as named stages of fx graphs, with the meaning of each port.
+
+A stage's graph is functional pre-dispatch ATen (no operator mutates its inputs; ``aten.linear``
+and ``aten.scaled_dot_product_attention`` are whole), flat: its placeholders are the stage's
+inputs, weights are ``get_attr`` nodes, and its output is one tuple of tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class Role(StrEnum):
+    """What an input or output of a stage means."""
+
+    PIXEL_VALUES = "pixel_values"
+    IMAGE_FEATURES = "image_features"
+    INPUT_IDS = "input_ids"
+    INPUTS_EMBEDS = "inputs_embeds"
+    ATTENTION_MASK = "attention_mask"
+    POSITION_IDS = "position_ids"
+    MODALITY = "modality"
+    """int64 ``[batch, tokens]``, values of :class:`Modality`."""
+    VISUAL_MASK = "visual_mask"
+    """bool ``[batch, tokens]``: the token comes from vision (an input of some models)."""
+    KEY = "key"
+    """``[batch, kv_heads, tokens, head_dim]`` of layer ``Port.layer``; as an input: the past."""
+    VALUE = "value"
+    KEPT = "kept"
+    """int64 ``[batch, kept tokens]``: for every token still present, its slot in the prompt;
+    -1 marks a filler that no one may attend to."""
+    HIDDEN_STATES = "hidden_states"
+    LOGITS = "logits"
+    OTHER = "other"
+
+
+class Modality:
+    """Values of a :attr:`Role.MODALITY` tensor."""
+
+    PADDING = 0
+    TEXT = 1
+    VISION = 2
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a stage.
+
+    Attributes:
+        name: placeholder name, or a stable name of the output.
+        role: its meaning.
+        layer: decoder layer, for keys and values.
+        kept: name of the :attr:`Role.KEPT` port that lists the tokens along this port's token
+            axis; ``None`` when all tokens of the prompt are there.
+    """
+
+    name: str
+    role: Role = Role.OTHER
+    layer: int | None = None
+    kept: str | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where tokens were dropped: everything from ``layer`` on runs on fewer tokens.
+
+    Attributes:
+        layer: first layer that sees the shorter sequence.
+        tokens: ``(before, after)``, per sequence.
+        visual: ``(before, after)`` visual tokens, one pair per sample of the capture batch.
+        kept: name of the KEPT output port of the stage.
+        modality: name of the node that holds the modality of the kept tokens.
+        made_by: text of the pass.
+    """
+
+    layer: int
+    tokens: tuple[int, int]
+    visual: tuple[tuple[int, int], ...]
+    kept: str
+    modality: str
+    made_by: str
+
+
+@dataclass
+class Stage:
+    """One graph of a program.
+
+    Attributes:
+        graph_module: the flat graph; ``node.meta["val"]`` holds a fake tensor for every value.
+        inputs, outputs: one port per placeholder and per element of the output tuple, in order.
+        facts: what capture measured, JSON values: ``visual_tokens`` (list of counts per sample),
+            ``text_tokens`` and ``padding_tokens`` likewise, ``tokens`` (length), ``batch``.
+        cuts: token cuts made by passes, in order of layer.
+    """
+
+    name: str
+    graph_module: fx.GraphModule
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    cuts: tuple[Cut, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    def find_inputs(self, role: Role) -> list[Port]:
+        """Input ports with this role, in order."""
+        return [port for port in self.inputs if port.role is role]
+
+    def find_outputs(self, role: Role) -> list[Port]:
+        """Output ports with this role, in order."""
+        return [port for port in self.outputs if port.role is role]
+
+    def placeholder(self, port: Port | str) -> fx.Node:
+        """The placeholder node of an input port."""
+        name = port if isinstance(port, str) else port.name
+        for node in self.graph.find_nodes(op="placeholder"):
+            if node.name == name:
+                return node
+        raise KeyError(f"stage {self.name} has no input {name}")
+
+    def output_node(self, port: Port | str) -> fx.Node:
+        """The node whose value leaves the stage through an output port."""
+        name = port if isinstance(port, str) else port.name
+        values = self.graph.output_node().args[0]
+        for candidate, node in zip(self.outputs, values, strict=True):  # type: ignore[arg-type]
+            if candidate.name == name:
+                return node  # type: ignore[return-value]
+        raise KeyError(f"stage {self.name} has no output {name}")
+
+    def fake_mode(self) -> torch._subclasses.FakeTensorMode:
+        """The mode that made the fake tensors in this graph's metadata."""
+        for node in self.graph.nodes:
+            mode = getattr(node.meta.get("val"), "fake_mode", None)
+            if mode is not None:
+                return mode  # type: ignore[no-any-return]
+        raise AssertionError(f"stage {self.name} holds no fake tensor")
+
+    def clone(self) -> Stage:
+        """A copy whose graph can be rewritten without touching this one; weights are shared."""
+        twin = fx.GraphModule(self.graph_module, copy_graph(self.graph))
+        twin.meta = dict(self.graph_module.meta)
+        return replace(self, graph_module=twin, facts=copy.deepcopy(self.facts))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of ``graph`` with the same node names and (shallowly copied) metadata."""
+    twin = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copied = twin.node_copy(node, mapping.__getitem__)
+        copied.name = node.name
+        copied.meta = dict(node.meta)
+        mapping[node] = copied
+    twin.set_codegen(fx.graph.CodeGen())
+    return twin
+
+
+@dataclass
+class Program:
+    """A captured model: ordered stages plus what is needed to run and to identify it.
+
+    Attributes:
+        stages: by name, in execution order; ``vision_encoder``, ``language_model`` (prefill),
+            ``lm_head``, ``decode`` for a vision-language model, ``model`` for a plain module.
+        model_type: Hugging Face ``config.model_type``, or the class name of a plain module.
+        passes: texts of the passes applied so far.
+    """
+
+    stages: dict[str, Stage]
+    model_type: str
+    passes: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages.values())
+
+    def __getitem__(self, name: str) -> Stage:
+        return self.stages[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stages
+
+    def clone(self) -> Program:
+        """A copy that can be rewritten without touching this one; weights are shared."""
+        return replace(
+            self,
+            stages={name: stage.clone() for name, stage in self.stages.items()},
+            metadata=copy.deepcopy(self.metadata),
+        )
+
+    def restore(self, snapshot: Program) -> None:
+        """Make this program equal to ``snapshot`` (made by :meth:`clone`), in place."""
+        self.stages = snapshot.stages
+        self.passes = snapshot.passes
+        self.metadata = snapshot.metadata
+
+    def named_weights(self) -> Mapping[str, torch.Tensor]:
+        """Every weight tensor once, under the first ``stage.path`` that names it."""
+        seen: dict[int, str] = {}
+        weights: dict[str, torch.Tensor] = {}
+        for stage in self:
+            for node in stage.graph.find_nodes(op="get_attr"):
+                tensor = fetch_attr(stage.graph_module, str(node.target))
+                if id(tensor) not in seen:
+                    seen[id(tensor)] = f"{stage.name}.{node.target}"
+                    weights[seen[id(tensor)]] = tensor
+        return weights
+
+
+def fetch_attr(root: torch.nn.Module, path: str) -> torch.Tensor:
+    """The tensor at a dotted path below ``root``."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value  # type: ignore[no-any-return]
