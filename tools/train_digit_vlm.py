@@ -49,11 +49,13 @@ DECODER_LAYERS = 8
 VISION_FFN = 384
 DECODER_FFN = 320
 
-QUESTIONS_PER_SCENE: dict[QuestionKind, int] = {"position": 4, "count": 5, "presence": 3}
+QUESTIONS_PER_SCENE: dict[QuestionKind, int] = {"position": 5, "count": 4, "presence": 3}
+# Greatest share of the time limit that goes into the vision tower alone.
+VISION_TIME_SHARE = 0.2
 # Stages of the curriculum: (share of training at which the stage ends, least and greatest number of
-# filled cells). With all cells filled from the start the answers stay at the level of guessing.
+# filled cells). Sparse scenes come first: there the right cell is easy to find, so the decoder soon
+# learns to look at the image at all.
 CURRICULUM = ((0.03, (1, 1)), (0.08, (2, 4)), (0.20, (2, 8)), (1.0, (3, 14)))
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def split_digits(heldout_share: float = 0.2, seed: int = 0) -> DigitSplit:
     Returns:
         The split; no held-out image is byte-equal to a training image.
     """
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     data = load_digits()
     images = torch.from_numpy(data.images).to(torch.uint8)
@@ -105,8 +107,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = "USER: ASSISTANT: which digit is at row column how many are there a ? yes no".split()
-    vocabulary = special + [str(digit) for digit in range(10)] + words + [digits.NO_DIGIT]
+    asking = ["which", "digit", "is", "at", "row", "column", "how", "many", "are", "there", "a"]
+    words = ["USER:", "ASSISTANT:", *asking, "?", "yes", "no", digits.NO_DIGIT]
+    vocabulary = special + [str(digit) for digit in range(10)] + words
     index = {word: number for number, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(index, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -115,7 +118,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", index["<s>"])]
     )
-    return PreTrainedTokenizerFast(
+    wrap = cast(Any, PreTrainedTokenizerFast)  # transformers leaves it untyped
+    wrapped = wrap(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -126,6 +130,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=256,
         clean_up_tokenization_spaces=False,
     )
+    return cast("PreTrainedTokenizerFast", wrapped)
 
 
 def build_processor() -> LlavaProcessor:
@@ -137,7 +142,8 @@ def build_processor() -> LlavaProcessor:
     image_processor = CLIPImageProcessorPil(
         size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return LlavaProcessor(
+    build = cast(Any, LlavaProcessor)  # transformers leaves it untyped
+    processor = build(
         image_processor=image_processor,
         tokenizer=build_tokenizer(),
         patch_size=PATCH_PIXELS,
@@ -154,6 +160,7 @@ def build_processor() -> LlavaProcessor:
             "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
         ),
     )
+    return cast("LlavaProcessor", processor)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
@@ -190,7 +197,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         num_key_value_heads=HEADS,
         max_position_embeddings=256,
         initializer_range=0.05,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         **ids,
     )
     config = LlavaConfig(
@@ -201,11 +208,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_feature_select_strategy="default",
         # The tower has no layer to spare, so its last one is used, not the one before it.
         vision_feature_layer=-1,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     config._attn_implementation = "sdpa"
     model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=4, **ids)
+    greedy = cast(Any, GenerationConfig)(do_sample=False, max_new_tokens=4, **ids)
+    model.generation_config = greedy
     return model
 
 
@@ -222,10 +230,11 @@ class PackedQuestions:
         self._tokenizer = cast("PreTrainedTokenizerFast", cast(Any, processor).tokenizer)
         self._blocks: dict[Question, list[int]] = {}
         whole = self._encode(digits.prompt("?").replace("<image>", "<image>" * VISUAL_TOKENS))
-        last = len(whole) - 1 - whole[::-1].index(self._tokenizer.convert_tokens_to_ids("<image>"))
-        self.prefix = torch.tensor(whole[: last + 1])
-        image_id = self._tokenizer.convert_tokens_to_ids("<image>")
-        self.first_visual = int((self.prefix == image_id).nonzero()[0])
+        image_id = cast(int, self._tokenizer.convert_tokens_to_ids("<image>"))
+        self.first_visual = whole.index(image_id)
+        self.prefix = torch.tensor(whole[: self.first_visual + VISUAL_TOKENS])
+        words = [*map(str, range(10)), digits.NO_DIGIT]
+        self.digit_words = [self._encode(word)[1] for word in words]
         examples: dict[QuestionKind, Question] = {
             "position": Question("position", "which digit is at row 1 column 1?", "0"),
             "count": Question("count", "how many 0 are there?", "0"),
@@ -269,8 +278,8 @@ class PackedQuestions:
             questions: per scene, one question for each entry of ``self.kinds``.
 
         Returns:
-            ids: int64 ``[B, T]``; targets: int64 ``[B, 2 * len(self.kinds)]``, for each question the
-            answer and the end of sequence, to be predicted at ``self.answer_slots``.
+            ids: int64 ``[B, T]``; targets: int64 ``[B, 2 * len(self.kinds)]``, for each question
+            the answer and the end of sequence, to be predicted at ``self.answer_slots``.
         """
         end = cast(int, self._tokenizer.eos_token_id)
         ids, targets = [], []
@@ -284,34 +293,50 @@ class PackedQuestions:
 
 
 class Probe(nn.Module):
-    """Linear heads that supervise the vision side while training; they are not part of the model.
+    """Losses that supervise the vision side directly; used in training only.
 
-    Every visual token has to name the digit of its cell, and the class token has to tell which
-    digits occur. Questions alone give the tower so thin a signal that it takes far longer to read.
+    Every visual token has to name the digit of its cell, by likeness to the decoder's own word
+    embeddings, and to tell the cell's row and column; the class token has to tell which digits
+    occur. The decoder then starts from tokens that already say what stands where, and only has to
+    learn to look them up.
+
+    Args:
+        words: token ids of the ten digits and of the word for an empty cell, in this order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, words: list[int]) -> None:
         super().__init__()
-        self.cell = nn.Linear(HIDDEN, 11)
+        self.words = words
         self.scene = nn.Linear(HIDDEN, 10)
+        self.place = nn.Linear(HIDDEN, 2 * GRID)
 
-    def forward(self, visual: Tensor, pooled: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, scalar, and accuracy of the cell head, scalar.
+    def forward(
+        self, visual: Tensor, pooled: Tensor, embedding: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, scalar, and share of visual tokens that name their cell rightly, scalar.
 
         Args:
             visual: float ``[B, VISUAL_TOKENS, HIDDEN]``, projected visual tokens.
             pooled: float ``[B, HIDDEN]``, the tower's class token.
+            embedding: float ``[vocabulary, HIDDEN]``, the decoder's word embeddings.
             labels: int64 ``[B, GRID, GRID]``.
         """
         scale = PATCHES_PER_SIDE // GRID
         target = labels.repeat_interleave(scale, 1).repeat_interleave(scale, 2).flatten(1)
         target = torch.where(target == EMPTY, 10, target)
-        logits = self.cell(visual).float()
+        side = torch.arange(PATCHES_PER_SIDE) // scale
+        row = side.repeat_interleave(PATCHES_PER_SIDE).expand_as(target)
+        column = side.repeat(PATCHES_PER_SIDE).expand_as(target)
+        tokens = F.rms_norm(visual.float(), (HIDDEN,))
+        place = self.place(tokens).flatten(0, 1).chunk(2, dim=-1)
+        place_loss = F.cross_entropy(place[0], row.flatten())
+        place_loss = place_loss + F.cross_entropy(place[1], column.flatten())
+        logits = tokens @ embedding[self.words].T
         cell_loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         present = F.one_hot(target, 11).amax(1)[:, :10].float()
         scene_loss = F.binary_cross_entropy_with_logits(self.scene(pooled).float(), present)
         accuracy = (logits.argmax(-1) == target).float().mean()
-        return cell_loss + scene_loss, accuracy
+        return cell_loss + place_loss + scene_loss, accuracy
 
 
 def augment(tiles: Tensor, generator: torch.Generator) -> Tensor:
@@ -366,25 +391,37 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 127.5 - 1.0)[:, None].expand(-1, 3, -1, -1)
 
 
-def packed_logits(
-    model: LlavaForConditionalGeneration, packed: PackedQuestions, pixels: Tensor, ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward pass over packed questions.
+def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Visual tokens as the decoder gets them.
+
+    Args:
+        model: the model.
+        pixels: float32 ``[B, 3, IMAGE_PIXELS, IMAGE_PIXELS]``.
+
+    Returns:
+        visual: float ``[B, VISUAL_TOKENS, HIDDEN]``, after the projector; pooled: float
+        ``[B, HIDDEN]``, the vision tower's class token.
+    """
+    core = cast(Any, model).model
+    tower = core.vision_tower(pixel_values=pixels, output_hidden_states=True)
+    return core.multi_modal_projector(tower.hidden_states[-1][:, 1:]), tower.pooler_output
+
+
+def decode(
+    model: LlavaForConditionalGeneration, packed: PackedQuestions, visual: Tensor, ids: Tensor
+) -> Tensor:
+    """Logits for packed questions.
 
     Args:
         model: the model.
         packed: the packing that made ``ids``.
-        pixels: float32 ``[B, 3, IMAGE_PIXELS, IMAGE_PIXELS]``.
+        visual: float ``[B, VISUAL_TOKENS, HIDDEN]``, projected visual tokens.
         ids: int64 ``[B, T]``.
 
     Returns:
-        logits: float ``[B, len(packed.answer_slots), vocabulary]``; visual: float
-        ``[B, VISUAL_TOKENS, HIDDEN]``, projected visual tokens; pooled: float ``[B, HIDDEN]``, the
-        vision tower's class token.
+        Float ``[B, len(packed.answer_slots), vocabulary]``.
     """
     core = cast(Any, model).model
-    tower = core.vision_tower(pixel_values=pixels, output_hidden_states=True)
-    visual = core.multi_modal_projector(tower.hidden_states[-1][:, 1:])
     embeds = core.get_input_embeddings()(ids)
     first, last = packed.first_visual, packed.first_visual + VISUAL_TOKENS
     embeds = torch.cat([embeds[:, :first], visual.to(embeds.dtype), embeds[:, last:]], dim=1)
@@ -394,7 +431,7 @@ def packed_logits(
         position_ids=packed.positions,
         use_cache=False,
     ).last_hidden_state
-    return model.lm_head(hidden[:, packed.answer_slots]), visual, tower.pooler_output
+    return cast(Tensor, model.lm_head(hidden[:, packed.answer_slots]))
 
 
 def check_packing(
@@ -409,7 +446,8 @@ def check_packing(
     asked = [digits.make_question(rng, scene, kind) for kind in packed.kinds]
     ids, _ = packed.pack([asked])
     with torch.no_grad():
-        ours, _, _ = packed_logits(model, packed, normalise(scene.image[None]), ids)
+        visual, _ = encode(model, normalise(scene.image[None]))
+        ours = decode(model, packed, visual, ids)
         inputs = digits.batch(processor, [scene] * len(asked), asked)
         theirs = cast(Any, model)(**inputs).logits[:, -1]
     torch.testing.assert_close(ours[0, ::2], theirs, atol=1e-3, rtol=1e-3)
@@ -443,17 +481,121 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     os.replace(part, path)
 
 
+class SceneSource:
+    """Endless augmented training scenes.
+
+    Args:
+        split: digit images; only the training part is used.
+        batch: scenes per batch.
+        seed: seed of scenes, questions and augmentation.
+    """
+
+    def __init__(self, split: DigitSplit, batch: int, seed: int) -> None:
+        self.split = split
+        self.batch = batch
+        self.rng = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        tiles = digits.make_tiles(split.train_images).float()
+        # The blank tile comes last, where EMPTY, as an index, points.
+        self._tiles = torch.cat([tiles, torch.zeros(1, CELL_PIXELS, CELL_PIXELS)])
+
+    def draw(self, filled: tuple[int, int]) -> tuple[list[digits.Scene], Tensor, Tensor]:
+        """Scenes, their augmented pixels and their labels.
+
+        Args:
+            filled: least and greatest number of filled cells.
+
+        Returns:
+            The scenes; float32 ``[batch, 3, IMAGE_PIXELS, IMAGE_PIXELS]``; int64
+            ``[batch, GRID, GRID]``.
+        """
+        images, labels = self.split.train_images, self.split.train_labels
+        scenes = [
+            digits.make_scene(self.rng, images, labels, filled=filled, palette=(2, 10))
+            for _ in range(self.batch)
+        ]
+        sources = torch.stack([scene.sources.flatten() for scene in scenes])
+        pixels = normalise(digits.compose(augment(self._tiles[sources], self._generator)))
+        return scenes, pixels, torch.stack([scene.labels for scene in scenes])
+
+
+class Meter:
+    """Means of named values since the last report."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._numbers: dict[str, int] = {}
+
+    def add(self, **values: float) -> None:
+        """Takes one value for each name."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._numbers[name] = self._numbers.get(name, 0) + 1
+
+    def report(self) -> str:
+        """The means in words; starts afresh."""
+        means = [f"{name} {total / self._numbers[name]:.3f}" for name, total in self._sums.items()]
+        self._sums.clear()
+        self._numbers.clear()
+        return "  ".join(means)
+
+
 @dataclass
 class Outcome:
     """What training took.
 
     Attributes:
-        steps: optimiser steps taken.
+        steps: optimiser steps taken, those of the vision tower alone not counted.
         minutes: wall-clock time in minutes.
     """
 
     steps: int
     minutes: float
+
+
+def train_vision(
+    model: LlavaForConditionalGeneration,
+    probe: Probe,
+    source: SceneSource,
+    options: argparse.Namespace,
+) -> None:
+    """Teaches the vision tower and the projector to read, in place, without the decoder.
+
+    Args:
+        model: the model.
+        probe: the losses.
+        source: training scenes.
+        options: the command line's options.
+    """
+    core = cast(Any, model).model
+    embedding = core.get_input_embeddings().weight
+    trained = nn.ModuleList([core.vision_tower, core.multi_modal_projector, probe])
+    groups = [*parameter_groups(trained, options.weight_decay)]
+    groups.append({"params": [embedding], "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
+    meter = Meter()
+    started = time.monotonic()
+    limit = 60 * options.minutes * VISION_TIME_SHARE
+    step = 0
+    while options.vision_steps:
+        progress = max(step / options.vision_steps, (time.monotonic() - started) / limit)
+        if progress >= 1:
+            break
+        rate = learning_rate(progress, options.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        _, pixels, labels = source.draw(CURRICULUM[-1][1])
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+            visual, pooled = encode(model, pixels)
+        loss, accuracy = probe(visual, pooled, embedding, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        meter.add(loss=loss.item(), tokens=accuracy.item())
+        if step % options.log_every == 0:
+            print(f"vision {step:5d}  lr {rate:.1e}  {meter.report()}", flush=True)
 
 
 def train(
@@ -470,48 +612,37 @@ def train(
         split: digit images; only the training part is used.
         options: the command line's options.
     """
-    rng = random.Random(options.seed)
-    generator = torch.Generator().manual_seed(options.seed)
-    probe = Probe()
+    started = saved = time.monotonic()
+    source = SceneSource(split, options.batch, options.seed)
+    probe = Probe(packed.digit_words)
+    embedding = cast(Any, model).get_input_embeddings().weight
+    model.train()
+    train_vision(model, probe, source, options)
+
     groups = [*parameter_groups(model, options.weight_decay), *parameter_groups(probe, 0.0)]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
-    tiles = torch.cat([digits.make_tiles(split.train_images).float(), torch.zeros(1, 16, 16)])
-    half = len(packed.answer_slots) // 2
-    kind_of = torch.tensor([KINDS.index(kind) for kind in packed.kinds])
-    right, asked_total = torch.zeros(len(KINDS)), torch.zeros(len(KINDS))
-    loss_sum, probe_sum, since = 0.0, 0.0, 0
-    started = saved = time.monotonic()
+    columns = {kind: [i for i, k in enumerate(packed.kinds) if k == kind] for kind in KINDS}
+    meter = Meter()
     step = 0
-    model.train()
+    begun = time.monotonic()
+    limit = 60 * options.minutes - (begun - started)
     while True:
-        minutes = (time.monotonic() - started) / 60
         # Whichever limit comes first sets the pace, so the schedule always runs to its end.
-        progress = max(step / options.steps, minutes / options.minutes)
-        if progress >= 1:
+        progress = max(step / options.steps, (time.monotonic() - begun) / limit)
+        if limit <= 0 or progress >= 1:
             break
-        filled = filled_cells(progress)
-        palette = (1, 10) if filled[1] <= 4 else (2, 10)
-        scenes = [
-            digits.make_scene(
-                rng, split.train_images, split.train_labels, filled=filled, palette=palette
-            )
-            for _ in range(options.batch)
-        ]
-        questions = [
-            [digits.make_question(rng, scene, kind) for kind in packed.kinds] for scene in scenes
-        ]
-        ids, targets = packed.pack(questions)
-        sources = torch.stack([scene.sources.flatten() for scene in scenes])  # EMPTY: last tile
-        pixels = normalise(digits.compose(augment(tiles[sources], generator)))
-        labels = torch.stack([scene.labels for scene in scenes])
-
         rate = learning_rate(progress, options.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        filled = filled_cells(progress)
+        scenes, pixels, labels = source.draw(filled)
+        ids, targets = packed.pack(
+            [[digits.make_question(source.rng, s, kind) for kind in packed.kinds] for s in scenes]
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
-            logits, visual, pooled = packed_logits(model, packed, pixels, ids)
-            probe_loss, probe_accuracy = probe(visual, pooled, labels)
-        logits = logits.float()
+            visual, pooled = encode(model, pixels)
+            logits = decode(model, packed, visual, ids).float()
+        probe_loss, tokens = probe(visual, pooled, embedding, labels)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)
         (loss + options.probe_weight * probe_loss).backward()
@@ -519,27 +650,253 @@ def train(
         optimizer.step()
         step += 1
 
-        with torch.no_grad():
-            hit = (logits[:, ::2].argmax(-1) == targets[:, ::2]).float().sum(0)
-            right.index_add_(0, kind_of, hit)
-            asked_total.index_add_(0, kind_of, torch.full((half,), float(options.batch)))
-            loss_sum += loss.item()
-            probe_sum += probe_accuracy.item()
-            since += 1
+        right = (logits[:, ::2].argmax(-1) == targets[:, ::2]).float()
+        shares = {kind: right[:, columns[kind]].mean().item() for kind in KINDS}
+        meter.add(loss=loss.item(), tokens=tokens.item(), **shares)
         if step % options.log_every == 0:
-            shares = (right / asked_total).tolist()
+            minutes = (time.monotonic() - started) / 60
             print(
-                f"step {step:5d}  {minutes:5.1f} min  {100 * progress:5.1f} %  filled "
-                f"{filled[0]}-{filled[1]}  lr {rate:.1e}  loss {loss_sum / since:.3f}  "
-                f"tokens {probe_sum / since:.3f}  "
-                + "  ".join(f"{kind} {share:.3f}" for kind, share in zip(KINDS, shares)),
+                f"step {step:5d}  {minutes:5.1f} min  {100 * progress:5.1f} %  "
+                f"filled {filled[0]}-{filled[1]}  lr {rate:.1e}  {meter.report()}",
                 flush=True,
             )
-            right.zero_()
-            asked_total.zero_()
-            loss_sum, probe_sum, since = 0.0, 0.0, 0
         if time.monotonic() - saved > 60 * options.checkpoint_minutes:
-            save_tensors(dict(model.state_dict()), options.out / "checkpoint.safetensors")
+            weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            save_tensors(weights, options.out / "checkpoint.safetensors")
             saved = time.monotonic()
     model.train(False)
     return Outcome(step, (time.monotonic() - started) / 60)
+
+
+def model_card(
+    model: LlavaForConditionalGeneration,
+    tallies: dict[QuestionKind, digits.Tally],
+    outcome: Outcome,
+    split: DigitSplit,
+    options: argparse.Namespace,
+) -> str:
+    """The model card, in Markdown, with the measured accuracies."""
+    import transformers
+
+    rows = "\n".join(
+        f"| {kind} | {tally.correct} / {tally.total} | {100 * tally.accuracy:.1f} % |"
+        for kind, tally in tallies.items()
+    )
+    overall = total_tally(tallies)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    precision = "bfloat16 autocast" if options.bfloat16 else "float32"
+    if outcome.steps < options.steps:
+        repeatability = (
+            "The time limit ended this run and set the pace of its schedule, so a repetition ends\n"
+            "after a different number of steps, with other weights. A run that reaches its last\n"
+            "step first is repeatable."
+        )
+    else:
+        repeatability = (
+            "The run is repeatable with the same threads, processor type and library versions, as\n"
+            "long as the time limit does not cut it short."
+        )
+    return f"""---
+license: other
+pipeline_tag: image-text-to-text
+library_name: transformers
+tags: [llava, tiny, handwritten-digits]
+---
+
+# Digit VLM
+
+A vision-language model of {parameters:,} parameters, small enough to ship with vlmopt and to run
+on any CPU, yet a genuine `LlavaForConditionalGeneration` with learnt weights: what token pruning
+costs it can be read off its answers. It is a test subject and no use for anything else.
+
+## Architecture
+
+| part | shape |
+| --- | --- |
+| input | RGB image of {IMAGE_PIXELS} x {IMAGE_PIXELS} pixels, patches of {PATCH_PIXELS} x \
+{PATCH_PIXELS} |
+| vision tower | CLIP, {VISION_LAYERS} layers, width {HIDDEN}, {HEADS} heads, class token |
+| visual tokens | {VISUAL_TOKENS} (last layer, class token dropped) |
+| projector | two linear layers with GELU |
+| decoder | Llama, {DECODER_LAYERS} layers, width {HIDDEN}, {HEADS} heads, feed-forward \
+{DECODER_FFN} |
+| tokenizer | word level, {model.get_input_embeddings().num_embeddings} tokens, left padding |
+| weights | float32 |
+
+## Task
+
+An image is a {GRID} x {GRID} grid of cells, {CELL_PIXELS} pixels wide, 4 to 12 of which hold a
+handwritten digit. A prompt is `USER: <image> QUESTION ASSISTANT:`, and QUESTION one of
+
+- `which digit is at row 2 column 3?` - a digit, or `{digits.NO_DIGIT}` if the cell is empty
+  (one question in ten);
+- `how many 7 are there?` - `0` to `{digits.MAX_COUNT}`;
+- `is there a 7?` - `yes` or `no`.
+
+## Held-out accuracy
+
+Greedy `generate` from prompts built by the processor; the answer must match exactly. Every question
+is about a scene of its own, made only of digit images that training never saw
+({len(split.heldout_labels)} images; the split is by image, so writers may occur on both sides).
+The draw is `vlmopt.digits.heldout_samples({overall.total}, seed={options.eval_seed})`.
+
+| question | right | accuracy |
+| --- | --- | --- |
+{rows}
+| all | {overall.correct} / {overall.total} | {100 * overall.accuracy:.1f} % |
+
+## Training
+
+- Data: {len(split.train_labels)} digit images of scikit-learn's `load_digits`, placed in random
+  scenes, with small random rotation, shear, scaling, shift, contrast and noise.
+- Schedule: cells fill up in stages (a curriculum), AdamW, peak learning rate {options.lr:g},
+  cosine decay, {outcome.steps} steps of {options.batch} scenes with
+  {sum(QUESTIONS_PER_SCENE.values())} questions each, {precision}.
+- Auxiliary losses, training only: each projected visual token names the digit, the row and the
+  column of its cell, and the class token tells which digits occur. The vision tower and projector
+  are first trained on these alone for {options.vision_steps} steps.
+- Cost: {outcome.minutes:.0f} minutes on {options.threads} CPU threads; seed {options.seed}; \
+torch {torch.__version__}, transformers {transformers.__version__}.
+
+```
+{command_line(options)}
+```
+
+{repeatability}
+
+## Files
+
+`heldout_digits.safetensors` holds the held-out images (`images`, uint8 [N, 8, 8], intensity 0..16)
+and their digits (`labels`, uint8 [N]).
+
+## Licence
+
+The code and weights are under the licence of vlmopt. The digit images are a part of *Optical
+Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (1998), UCI Machine Learning
+Repository, <https://doi.org/10.24432/C50P49>, as distributed with scikit-learn, under
+[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Changes: one fifth of the images was
+selected and stored as uint8.
+"""
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The command that repeats this run."""
+    words = [f"OMP_NUM_THREADS={options.threads} python tools/train_digit_vlm.py"]
+    names = (
+        "vision_steps",
+        "steps",
+        "minutes",
+        "batch",
+        "lr",
+        "weight_decay",
+        "probe_weight",
+        "seed",
+        "threads",
+    )
+    words += [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
+    if options.bfloat16:
+        words.append("--bfloat16")
+    words.append("--out DIR")
+    return " ".join(words)
+
+
+def total_tally(tallies: dict[QuestionKind, digits.Tally]) -> digits.Tally:
+    """Sum over the question kinds."""
+    right = sum(tally.correct for tally in tallies.values())
+    return digits.Tally(right, sum(tally.total for tally in tallies.values()))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Train the digit vision-language model bundled with vlmopt.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--force", action="store_true", help="overwrite files in the folder")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps")
+    parser.add_argument("--vision-steps", type=int, default=1500, help="steps without the decoder")
+    parser.add_argument("--minutes", type=float, default=40.0, help="limit on training time")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--batch", type=int, default=24, help="scenes per step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--weight-decay", type=float, default=0.05, help="AdamW weight decay")
+    parser.add_argument("--probe-weight", type=float, default=0.5, help="auxiliary loss weight")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="bfloat16 autocast, for CPUs that have it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything in training")
+    parser.add_argument("--eval-questions", type=int, default=3000, help="held-out questions")
+    parser.add_argument("--eval-seed", type=int, default=1, help="seed of the held-out scenes")
+    parser.add_argument("--log-every", type=int, default=20, help="steps between progress lines")
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=5.0, help="minutes between checkpoints"
+    )
+    options = parser.parse_args(arguments)
+    if options.steps < 1 or options.minutes <= 0 or options.threads < 1 or options.batch < 1:
+        parser.error("--steps, --minutes, --threads and --batch must be positive")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains, measures and writes the model; returns the exit status."""
+    options = parse_arguments(arguments)
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.force:
+        print(f"error: {out} exists and is not empty; pass --force to overwrite", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+
+    split = split_digits()
+    processor = build_processor()
+    model = build_model(cast(Any, processor).tokenizer)
+    model.train(False)
+    packed = PackedQuestions(processor)
+    check_packing(model, processor, packed, split)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{parameters:,} parameters, {VISUAL_TOKENS} visual tokens, "
+        f"{len(split.train_labels)} training and {len(split.heldout_labels)} held-out digits",
+        flush=True,
+    )
+    outcome = train(model, packed, split, options)
+    print(f"trained {outcome.steps} steps in {outcome.minutes:.1f} minutes", flush=True)
+
+    # Everything is written next to the target first and moved in file by file at the end.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
+        folder = Path(name)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        save_tensors(
+            {
+                "images": split.heldout_images,
+                "labels": split.heldout_labels.to(torch.uint8),
+            },
+            folder / "heldout_digits.safetensors",
+        )
+        # Measured on what was written, not on what is in memory.
+        saved_model, saved_processor = digits.load_model(folder=folder)
+        samples = digits.draw_samples(
+            random.Random(options.eval_seed),
+            split.heldout_images,
+            split.heldout_labels,
+            options.eval_questions,
+        )
+        tallies = digits.evaluate(saved_model, saved_processor, samples)
+        card = model_card(saved_model, tallies, outcome, split, options)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        for path in sorted(folder.iterdir()):
+            path.chmod(0o644)  # safetensors makes its files readable to their owner only
+            shutil.move(path, out / path.name)
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+
+    for kind, tally in [*tallies.items(), ("all", total_tally(tallies))]:
+        print(f"{kind:10s} {tally.correct:5d} / {tally.total:5d}  {100 * tally.accuracy:.2f} %")
+    print(f"written to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

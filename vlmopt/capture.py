@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -95,6 +96,8 @@ def _capture_generative(model: Any, inputs: dict[str, Any]) -> Program:
             stages[name] = _export_stage(name, module, kwargs)
             if name in ("language_model", "decode"):
                 stages[name].facts.update(facts)
+            if name == "decode":
+                _measure_past_by_mask(stages[name])
         if "language_model" in stages and any(facts.get("visual_tokens", ())):
             _add_modality(stages["language_model"], facts)
     order = list(dict.fromkeys(families.STAGE_NAMES.values()))
@@ -293,6 +296,42 @@ def _decode_shapes(kwargs: dict[str, Any]) -> dict[str, Any]:
     return shapes
 
 
+def _measure_past_by_mask(stage: Stage) -> None:
+    """Read the number of tokens seen off the attention mask instead of some layer's cache.
+
+    The tracer asks any one of the equal sizes; once a pass shortens a layer they differ, and only
+    the mask still counts all tokens.
+    """
+    aten = torch.ops.aten
+    caches = {
+        stage.placeholder(port)
+        for port in stage.inputs
+        if port.role in (Role.KEY, Role.VALUE)
+    }
+    masks = [stage.placeholder(port) for port in stage.find_inputs(Role.ATTENTION_MASK)]
+    sizes = [
+        node
+        for node in stage.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        if node.args[0] in caches and node.args[1] == 2
+    ]
+    if not sizes or not masks or masks[0].meta["val"].ndim != 2:
+        return
+    val = masks[0].meta["val"]
+    with stage.fake_mode():  # the tracer does not know that the mask is one longer than the past
+        length = next(iter(caches)).meta["val"].shape[2] + 1
+        masks[0].meta["val"] = torch.empty(val.shape[0], length, dtype=val.dtype)
+    with stage.graph.inserting_before(sizes[0]):
+        seen = stage.graph.call_function(aten.sym_size.int, (masks[0], 1))
+        past = stage.graph.call_function(operator.sub, (seen, 1))
+    seen.meta = {**sizes[0].meta, "val": masks[0].meta["val"].shape[1]}
+    past.meta = dict(sizes[0].meta)
+    for node in sizes:
+        node.replace_all_uses_with(past)
+        stage.graph.erase_node(node)
+    stage.graph.lint()
+    stage.graph_module.recompile()
+
+
 def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: Any) -> Stage:
     """Read the meaning of inputs and outputs off their place in the pytrees of the call."""
     args, kwargs = pytree.tree_unflatten(list(leaves), call_spec.in_spec)
@@ -300,10 +339,6 @@ def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: An
     for key, value in kwargs.items():
         for port in _ports(key, value, families.INPUT_ROLES.get(key, Role.OTHER)):
             by_name[port.name] = port
-    inputs = tuple(
-        by_name.get(node.name, Port(node.name))
-        for node in graph_module.graph.find_nodes(op="placeholder")
-    )
     values = graph_module.graph.output_node().args[0]
     result = pytree.tree_unflatten(list(range(call_spec.out_spec.num_leaves)), call_spec.out_spec)
     found: dict[int, Port] = {}
@@ -313,15 +348,24 @@ def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: An
             found[int(port.name.rsplit("#", 1)[-1])] = port
     outputs = []
     kept = []
+    leaf_index = []
     for index, node in enumerate(values):
-        if not isinstance(node, torch.fx.Node):
-            continue  # a constant of the output structure, such as None
-        port = found.get(index, Port(f"output#{index}"))
+        port = found.get(index)
+        if port is None or not isinstance(node, torch.fx.Node):
+            continue  # a constant, or bookkeeping of the cache
         kept.append(node)
         outputs.append(_rename(port, index))
-    graph_module.graph.output_node().args = (tuple(kept),)
+        leaf_index.append(index)
+    graph = graph_module.graph
+    graph.output_node().args = (tuple(kept),)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users:
+            graph.erase_node(node)
+    inputs = tuple(by_name.get(n.name, Port(n.name)) for n in graph.find_nodes(op="placeholder"))
     graph_module.recompile()
-    return Stage(name, graph_module, inputs, tuple(outputs), {"output_leaves": len(values)})
+    facts = {"input_leaves": leaves, "output_leaves": leaf_index}
+    return Stage(name, graph_module, inputs, tuple(outputs), facts)
 
 
 _OUTPUT_ROLES = {

@@ -42,6 +42,7 @@ __all__ = [
     "asset_dir",
     "batch",
     "compose",
+    "draw_samples",
     "evaluate",
     "heldout_digits",
     "heldout_samples",
@@ -274,8 +275,20 @@ def heldout_samples(number: int, seed: int = 0) -> list[tuple[Scene, Question]]:
         number: how many scenes to draw.
         seed: seed of the draw; the same seed gives the same samples.
     """
-    images, labels = heldout_digits()
-    rng = random.Random(seed)
+    return draw_samples(random.Random(seed), *heldout_digits(), number)
+
+
+def draw_samples(
+    rng: random.Random, images: Tensor, labels: Tensor, number: int
+) -> list[tuple[Scene, Question]]:
+    """Scenes from a pool of digit images, each with one question; the kinds take turns.
+
+    Args:
+        rng: source of all randomness.
+        images: uint8 ``[N, 8, 8]``, intensity 0..16.
+        labels: int64 ``[N]``, digit 0..9.
+        number: how many scenes to draw.
+    """
     samples = []
     for index in range(number):
         scene = make_scene(rng, images, labels)
@@ -284,12 +297,13 @@ def heldout_samples(number: int, seed: int = 0) -> list[tuple[Scene, Question]]:
 
 
 def load_model(
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, folder: Path | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Loads the bundled model and its processor, without network access.
 
     Args:
         dtype: dtype of the weights.
+        folder: folder to load from; the bundled model's by default.
 
     Returns:
         The model in evaluation mode on the CPU with ``sdpa`` attention, and the processor, whose
@@ -297,7 +311,7 @@ def load_model(
     """
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    folder = asset_dir()
+    folder = asset_dir() if folder is None else folder
     model = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
     )

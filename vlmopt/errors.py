@@ -14,16 +14,9 @@ if TYPE_CHECKING:
 
 def describe_node(node: Node) -> str:
     """``%name (module path, file:line)`` of an fx node, with whatever of it is known."""
-    stack = node.meta.get("nn_module_stack") or {}
-    places = [path for path, _ in list(stack.values())[-1:] if path]
-    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
-    for line in reversed(trace):
-        line = line.strip()
-        if line.startswith("File "):
-            file, _, rest = line[len("File ") :].partition(", line ")
-            number = rest.split(",")[0]
-            places.append(f"{file.strip(chr(34)).rsplit('/', 1)[-1]}:{number}")
-            break
+    from vlmopt.graph.text import module_path, source_location  # imports torch
+
+    places = [place for place in (module_path(node), source_location(node)) if place]
     return f"%{node.name}" + (f" ({', '.join(places)})" if places else "")
 
 

@@ -1,0 +1,1 @@
+"""Token reduction: passes that drop or merge visual tokens."""

@@ -1,0 +1,48 @@
+"""Random drop: the baseline that every method must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.pipeline.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomDrop(TokenDrop):
+    """Drop visual tokens at random, the same ones in every run: the mandatory baseline.
+
+    The order in which tokens go is drawn when the graph is rewritten and is a constant in it.
+    """
+
+    name = "random-drop"
+    example = "random-drop{layers=2 keep=0.33 seed=0}"
+    first_layer = 0
+    reads = ("ordinal",)
+
+    layers: tuple[int, ...] = option(
+        (2,), "layers whose input is cut, counted from 0", ge=0, increasing=True, min_items=1
+    )
+    keep: tuple[float | int, ...] = option(
+        (0.33,),
+        "visual tokens kept at each cut: a share of those present (0 to 1), or a count (2 and up)",
+        ge=0,
+        min_items=1,
+    )
+    seed: int = option(0, "seed of the random order", ge=0)
+
+    def score(self, ordinal: Tensor) -> Tensor:
+        """A fixed random value for the first, second, ... visual token of each sample.
+
+        Args:
+            ordinal: int64 ``[batch, tokens]``, number of each visual token among its sample's.
+
+        Returns:
+            float32 ``[batch, tokens]``; higher stays.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(ordinal.shape[1], generator=generator).float()
+        return order.to(ordinal.device)[ordinal.clamp(min=0)]

@@ -1,0 +1,63 @@
+"""Selection: from scores to the slots that stay. Pure tensor functions, shared by all methods.
+
+Scores are float32; ties go to the lower index, so that eager, Inductor and ONNX Runtime keep the
+same tokens. The number of slots is static.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_best(score: Tensor, visual: Tensor, length: int | torch.SymInt) -> Tensor:
+    """Slots of all tokens but the visual ones with the lowest scores.
+
+    Every sample must have the same number of visual tokens.
+
+    Args:
+        score: float32 ``[batch, tokens]``; values of other tokens are ignored.
+        visual: bool ``[batch, tokens]``.
+        length: tokens that stay per sample, all others included.
+
+    Returns:
+        int64 ``[batch, length]``, ascending.
+    """
+    ranked = torch.where(visual, score, float("inf"))
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices
+    return order[:, :length].sort(dim=-1).values
+
+
+def keep_best_ragged(
+    score: Tensor, visual: Tensor, padding: Tensor, quota: Tensor, length: int | torch.SymInt
+) -> tuple[Tensor, Tensor]:
+    """As :func:`keep_best` for samples with different numbers of visual tokens.
+
+    Each sample keeps its own quota. A shorter one is filled up with its padding, then with dropped
+    tokens that must be masked: never with budget of another sample.
+
+    Args:
+        score: float32 ``[batch, tokens]``.
+        visual, padding: bool ``[batch, tokens]``, disjoint.
+        quota: int64 ``[batch, 1]``, visual tokens to keep.
+        length: slots per sample; at least the other tokens plus the quota of every sample.
+
+    Returns:
+        Slots int64 ``[batch, length]``, ascending, and bool ``[batch, length]``: False marks a
+        filler that no one may attend to.
+    """
+    order = torch.sort(
+        torch.where(visual, score, float("-inf")), dim=-1, descending=True, stable=True
+    ).indices
+    place = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, place)
+    # kept text and visual tokens, then padding, then what is dropped
+    tier = torch.where(visual, torch.where(rank < quota, 2, 0), torch.where(padding, 1, 2))
+    chosen = torch.sort(tier, dim=-1, descending=True, stable=True).indices[:, :length]
+    slots = chosen.sort(dim=-1).values
+    return slots, tier.gather(1, slots) != 0
+
+
+def ordinal(visual: Tensor) -> Tensor:
+    """For each visual token its number among those of its sample, from 0; int64, like ``visual``."""
+    return visual.long().cumsum(-1) - 1

@@ -1,0 +1,52 @@
+"""V2Drop: drop the visual tokens whose hidden state changes least across one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.pipeline.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class V2Drop(TokenDrop):
+    """Drop the visual tokens that change least from one layer to the next.
+
+    At the entry of each chosen layer ``k``, a token's score is the L2 norm, in float32, of the
+    residual stream entering layer ``k`` minus the one entering layer ``k - 1``. Needs no attention
+    scores and no calibration.
+
+    Reference: "Variation-aware Vision Token Dropping for Faster Large Vision-Language Models",
+    arXiv 2509.01552.
+    """
+
+    name = "v2drop"
+    example = "v2drop{layers=3,17,22 keep=0.5,0.5,0}"
+    reference = "arXiv 2509.01552"
+    first_layer = 1
+    reads = ("hidden", "previous_hidden")
+
+    layers: tuple[int, ...] = option(
+        (3, 17, 22), "layers whose input is cut, counted from 0", ge=1, increasing=True, min_items=1
+    )
+    keep: tuple[float | int, ...] = option(
+        (0.5, 0.5, 0.0),
+        "visual tokens kept at each cut: a share of those present (0 to 1), or a count (2 and up)",
+        ge=0,
+        min_items=1,
+    )
+
+    @staticmethod
+    def score(hidden: Tensor, previous_hidden: Tensor) -> Tensor:
+        """L2 norm of a layer's update.
+
+        Args:
+            hidden, previous_hidden: ``[batch, tokens, width]``, entering layers ``k`` and
+                ``k - 1``, any float dtype.
+
+        Returns:
+            float32 ``[batch, tokens]``; higher stays.
+        """
+        return (hidden.float() - previous_hidden.float()).norm(dim=-1)

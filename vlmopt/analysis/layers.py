@@ -1,0 +1,157 @@
+"""Analysis ``layers``: the repeated blocks of a stage and the value that enters each of them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import fx
+
+from vlmopt.errors import PreconditionError
+from vlmopt.program import Stage
+
+_INDEXED = re.compile(r"^(?P<container>(?:.*\.)?[A-Za-z_]\w*)\.(?P<index>\d+)$")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The blocks of one container of repeated modules, in order.
+
+    Attributes:
+        container: module path of the container, such as ``model.layers``.
+        entries: per layer, the value of the residual stream that enters it.
+        of: layer of every node inside a block.
+    """
+
+    container: str
+    entries: tuple[fx.Node, ...]
+    of: dict[fx.Node, int]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Module paths around a node, outermost first, as the tracer saw them."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [clean_path(path) for path, _ in stack.values() if path]
+
+
+def clean_path(path: str) -> str:
+    """A module path without the tracer's decoration: ``L['self']._modules['a'].b`` -> ``a.b``."""
+    path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", path)
+    path = re.sub(r"\b_modules\.|\bL\.self\.?|\bself\.", "", path)
+    return path.strip(".")
+
+
+def layer_of(node: fx.Node) -> tuple[str, int] | None:
+    """``(container, index)`` of the outermost repeated block around a node, if it is in one."""
+    for path in module_paths(node):
+        found = _INDEXED.match(path)
+        if found is not None:
+            return found["container"], int(found["index"])
+    return None
+
+
+def find_layers(stage: Stage, *, after: fx.Node | None = None) -> Layers:
+    """The decoder (or encoder) layers of a stage.
+
+    Args:
+        after: only containers whose blocks depend on this node; tells the decoder of a graph that
+            holds the vision encoder too.
+
+    Raises:
+        PreconditionError: the stage has no repeated blocks, or more than one value flows from
+            block to block.
+    """
+    blocks: dict[str, dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+    downstream = _reachable(after) if after is not None else None
+    for node in stage.graph.nodes:
+        if node.op != "call_function" or (downstream is not None and node not in downstream):
+            continue
+        place = layer_of(node)
+        if place is not None:
+            blocks[place[0]][place[1]].append(node)
+    repeated = {name: layers for name, layers in blocks.items() if len(layers) > 1}
+    candidates = repeated or blocks
+    if not candidates:
+        raise PreconditionError(
+            f"stage {stage.name} has no layers: no module path such as 'layers.3' in its nodes",
+            hint="token passes need a model whose decoder is a ModuleList of blocks",
+        )
+    container = max(candidates, key=lambda name: sum(map(len, candidates[name].values())))
+    layers = candidates[container]
+    of = {node: index for index, nodes in layers.items() for node in nodes}
+    if downstream is not None:  # the part of a block that does not depend on the anchor
+        for node in stage.graph.nodes:
+            if node.op == "call_function" and node not in of and layer_of(node) is not None:
+                place = layer_of(node)
+                if place is not None and place[0] == container:
+                    of[node] = place[1]
+    order = sorted(layers)
+    entries = [_entry(stage, of, index, previous) for previous, index in zip([None, *order], order, strict=False)]
+    return Layers(container, tuple(entries), of)
+
+
+def _entry(stage: Stage, of: dict[fx.Node, int], index: int, previous: int | None) -> fx.Node:
+    """The one value that block ``index`` takes from what the block before it computed."""
+    inside = [node for node in stage.graph.nodes if of.get(node) == index]
+    outside = list(
+        dict.fromkeys(
+            value
+            for node in inside
+            for value in node.all_input_nodes
+            if of.get(value) != index and value.op != "get_attr"
+        )
+    )
+    if previous is None:
+        found = [value for value in outside if _feeds_residual(value, of, index)]
+    else:
+        found = [value for value in outside if _depends_on_layer(value, of, previous)]
+    if len(found) != 1:
+        names = ", ".join(f"%{value.name}" for value in found) or "nothing"
+        raise PreconditionError(
+            f"layer {index} of stage {stage.name} is entered by {names}, not by one residual "
+            "stream",
+            node=inside[0],
+        )
+    return found[0]
+
+
+def _feeds_residual(value: fx.Node, of: dict[fx.Node, int], index: int) -> bool:
+    """In the first block: the value that is both normalised and added back."""
+    val = value.meta.get("val")
+    users = [user for user in value.users if of.get(user) == index]
+    return getattr(val, "ndim", 0) == 3 and val.is_floating_point() and any(  # type: ignore[union-attr]
+        user.target.__name__.startswith("add") if not isinstance(user.target, str) else False  # type: ignore[union-attr]
+        for user in users
+    )
+
+
+def _depends_on_layer(value: fx.Node, of: dict[fx.Node, int], layer: int) -> bool:
+    """Whether ``value`` is computed from nodes of ``layer``, not looking into earlier layers."""
+    seen: set[fx.Node] = set()
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if of.get(node) == layer:
+            return True
+        if node in of:
+            continue
+        stack.extend(node.all_input_nodes)
+    return False
+
+
+def _reachable(start: fx.Node) -> set[fx.Node]:
+    seen = {start}
+    stack = [start]
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen

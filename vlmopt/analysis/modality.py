@@ -1,0 +1,74 @@
+"""Analysis ``modality``: which tokens come from vision, at the current end of all cuts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from vlmopt.errors import NoVisualTokensError
+from vlmopt.program import Program, Role, Stage
+
+
+@dataclass(frozen=True)
+class TokenModality:
+    """Modality of the tokens still present.
+
+    Attributes:
+        node: int64 ``[batch, tokens]``, values of :class:`~vlmopt.program.Modality`.
+        visual: visual tokens per sample.
+        kept: node with the original slot of each token still present, ``None`` before any cut.
+        anchor: a value that only the language model depends on, where the stage holds more than
+            the language model.
+    """
+
+    node: fx.Node
+    visual: tuple[int, ...]
+    kept: fx.Node | None = None
+    anchor: fx.Node | None = None
+
+
+def token_stage(program: Program) -> Stage:
+    """The stage in which tokens of vision and text flow together.
+
+    Raises:
+        NoVisualTokensError: no stage has visual tokens.
+    """
+    for stage in program:
+        if _source(stage) is not None and any(stage.facts.get("visual_tokens", ())):
+            return stage
+    raise NoVisualTokensError(
+        f"no token of this {program.model_type} program comes from vision",
+        hint="capture it with inputs that hold an image; for a plain module name the input that "
+        "tells modalities: capture(..., roles={'modality': Role.MODALITY})",
+    )
+
+
+def modality_of_tokens(stage: Stage) -> TokenModality:
+    """Modality of the tokens still present in a stage that :func:`token_stage` returned."""
+    anchor_name = stage.facts.get("anchor")
+    anchor = _by_name(stage, anchor_name) if anchor_name else None
+    if stage.cuts:
+        last = stage.cuts[-1]
+        visual = tuple(after for _, after in last.visual)
+        return TokenModality(
+            _by_name(stage, last.modality), visual, stage.output_node(last.kept), anchor
+        )
+    source = _source(stage)
+    assert source is not None, "token_stage chose a stage without modality"
+    return TokenModality(source, tuple(stage.facts["visual_tokens"]), None, anchor)
+
+
+def _source(stage: Stage) -> fx.Node | None:
+    ports = stage.find_inputs(Role.MODALITY)
+    if ports:
+        return stage.placeholder(ports[0])
+    name = stage.facts.get("modality")
+    return _by_name(stage, name) if name else None
+
+
+def _by_name(stage: Stage, name: str) -> fx.Node:
+    for node in stage.graph.nodes:
+        if node.name == name:
+            return node
+    raise AssertionError(f"stage {stage.name} lost its node %{name}")

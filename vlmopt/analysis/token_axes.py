@@ -1,0 +1,839 @@
+"""Analysis ``token_axes``: which dimensions of which values count tokens.
+
+A dimension is a tuple of factors in memory order (``[batch * tokens, width]`` is ``((B, T),
+(width,))``); a factor is an integer or a sympy expression in ``T``, the number of tokens, and
+``B``, the batch. Facts start at a few values and flow forward through one rule per kind of
+operator. Where an operator combines a value that has a token axis with one computed elsewhere,
+the rule says which of its dimensions must be the same axis: that is the *frontier*.
+
+An operator without a rule stops the analysis: guessing is how silent wrong answers are made.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from vlmopt.errors import UnsupportedOperatorError
+
+aten = torch.ops.aten
+
+T = sympy.Symbol("T", integer=True, positive=True)
+"""number of tokens of the stream that is followed"""
+B = sympy.Symbol("B", integer=True, positive=True)
+"""batch"""
+B1 = sympy.Symbol("B1", integer=True, positive=True)
+"""a dimension of size one that broadcasts over the batch"""
+
+Factor = Any  # int | sympy.Expr
+Dim = tuple[Factor, ...]
+Dims = tuple[Dim, ...]
+
+
+def has_tokens(dim: Dim) -> bool:
+    """Whether a dimension counts tokens."""
+    return any(isinstance(factor, sympy.Expr) and factor.has(T) for factor in dim)
+
+
+def is_batch(dim: Dim) -> bool:
+    """Whether a dimension is the batch, or broadcasts over it."""
+    return dim in ((B,), (B1,))
+
+
+def token_dims(dims: Dims) -> list[int]:
+    """Positions of the dimensions that count tokens."""
+    return [index for index, dim in enumerate(dims) if has_tokens(dim)]
+
+
+@dataclass
+class TokenAxes:
+    """Result of the analysis.
+
+    Attributes:
+        tokens, batch: sizes of ``T`` and ``B`` as recorded in the graph (int or sympy); ``batch``
+            is ``None`` when it is not followed (batch of one).
+        dims: for every value with a token axis, its dimensions; for operators with several
+            results, a list with ``None`` for results without one.
+        frontier: values computed outside that share a token axis, with their dimensions. These
+            may have more leading dimensions than the value: then it broadcasts over the batch.
+    """
+
+    tokens: Factor
+    batch: Factor | None
+    dims: dict[fx.Node, Any] = field(default_factory=dict)
+    frontier: dict[fx.Node, Dims] = field(default_factory=dict)
+
+    @property
+    def region(self) -> list[fx.Node]:
+        """Values with a token axis that are computed from the starting points, in order."""
+        return list(self.dims)
+
+
+def follow_tokens(
+    graph: fx.Graph,
+    starts: Mapping[fx.Node, Dims],
+    *,
+    tokens: Factor,
+    batch: Factor | None,
+) -> TokenAxes:
+    """Follow token axes from ``starts`` (value -> its dimensions) to the end of ``graph``.
+
+    Raises:
+        UnsupportedOperatorError: a token axis reaches an operator that has no rule, or that mixes
+            tokens by position.
+    """
+    axes = TokenAxes(tokens, batch, dict(starts))
+    for node in graph.nodes:
+        if node.op != "call_function" or node in starts:
+            continue
+        if any(value in axes.dims for value in node.all_input_nodes):
+            dims = _Rule(axes, node).apply()
+            if dims is not None:
+                axes.dims[node] = dims
+    _absorb_layout(axes, starts)
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    axes.dims = dict(sorted(axes.dims.items(), key=lambda item: order[item[0]]))
+    axes.frontier = dict(sorted(axes.frontier.items(), key=lambda item: order[item[0]]))
+    return axes
+
+
+def _size(value: Any) -> Factor:
+    """An int or sympy expression for a size recorded in metadata."""
+    if isinstance(value, torch.SymInt):
+        node = value.node
+        return int(node.expr) if node.expr.is_number else node.expr
+    return int(value)
+
+
+def shape_of(node: fx.Node) -> list[Factor]:
+    """Recorded sizes of a tensor value."""
+    return [_size(size) for size in node.meta["val"].shape]
+
+
+class _Rule:
+    """Application of the rule of one operator to one node."""
+
+    def __init__(self, axes: TokenAxes, node: fx.Node) -> None:
+        self.axes = axes
+        self.node = node
+
+    # what rules use ---------------------------------------------------------------------------
+
+    def refuse(self, why: str) -> UnsupportedOperatorError:
+        return UnsupportedOperatorError(
+            f"{self.node.target}: {why}",
+            node=self.node,
+            hint="cut after this operator (a later layer), or report the model",
+        )
+
+    def inside(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value in self.axes.dims
+
+    def dims(self, value: fx.Node) -> Dims:
+        known = self.axes.dims.get(value)
+        if known is None:
+            return tuple((size,) for size in shape_of(value))
+        return known  # type: ignore[no-any-return]
+
+    def demand(self, value: Any, dims: Dims) -> None:
+        """``value`` must have these dimensions; noted when it comes from outside."""
+        if self.inside(value):
+            for have, want in zip(self.dims(value)[::-1], dims[::-1], strict=False):
+                if has_tokens(want) and have != want and self._volume(have) != 1:
+                    raise self.refuse(f"%{value.name} has tokens along other dimensions")
+            return
+        if not any(map(has_tokens, dims)):
+            return
+        earlier = self.axes.frontier.get(value)
+        if earlier is not None and _strip(earlier) != _strip(dims):
+            raise self.refuse(f"%{value.name} is used with tokens along different dimensions")
+        if earlier is None or len(dims) > len(earlier):
+            self.axes.frontier[value] = dims
+
+    def number(self, position: int, name: str, default: Any = None) -> Any:
+        args = self.node.args
+        return args[position] if len(args) > position else self.node.kwargs.get(name, default)
+
+    def axis(self, value: fx.Node, dim: int) -> int:
+        return dim % max(1, len(self.dims(value)))
+
+    def _volume(self, dim: Dim) -> Factor:
+        total: Factor = 1
+        for factor in dim:
+            total = total * factor
+        if isinstance(total, sympy.Expr):
+            substitutes = {T: self.axes.tokens, B1: 1}
+            if self.axes.batch is not None:
+                substitutes[B] = self.axes.batch
+            total = sympy.expand(total.subs(substitutes))
+            if total.is_number:
+                return int(total)
+        return total
+
+    def same_size(self, one: Any, two: Any) -> bool:
+        return bool(sympy.simplify(sympy.sympify(one) - sympy.sympify(two)) == 0)
+
+    # driver -----------------------------------------------------------------------------------
+
+    def apply(self) -> Any:
+        target = self.node.target
+        rule = _RULES.get(target)
+        if rule is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+            rule = _pointwise
+        if rule is None:
+            raise self.refuse("a token axis reaches this operator, which has no rule")
+        result = rule(self)
+        if isinstance(result, list):
+            return result if any(r is not None and any(map(has_tokens, r)) for r in result) else None
+        if result is None or not any(map(has_tokens, result)):
+            return None
+        self._check(result)
+        return result
+
+    def _check(self, dims: Dims) -> None:
+        """The facts must agree with the shapes that were recorded when the graph was traced."""
+        shape = shape_of(self.node)
+        sizes = [self._volume(dim) for dim in dims]
+        if len(shape) != len(sizes) or not all(map(self.same_size, shape, sizes)):
+            raise self.refuse(f"recorded shape {shape} disagrees with token axes {dims}")
+
+
+def _strip(dims: Dims) -> Dims:
+    """Dimensions without the leading ones that broadcasting adds."""
+    start = next((i for i, dim in enumerate(dims) if dim not in ((1,), (B1,))), len(dims))
+    return dims[start:]
+
+
+# -- rules -------------------------------------------------------------------------------------
+
+Rule = Callable[[_Rule], Any]
+_RULES: dict[Any, Rule] = {}
+
+
+def _rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+def _tensors(values: Iterable[Any]) -> list[fx.Node]:
+    return [
+        value
+        for value in values
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+    ]
+
+
+def _broadcast(rule: _Rule, values: list[fx.Node], rank: int) -> Dims:
+    """Dimensions of values combined element by element; the ones from outside get demands."""
+    result: list[Dim] = []
+    for position in range(rank):
+        labels: dict[Dim, None] = {}
+        plain: Dim = (1,)
+        for value in values:
+            dims = rule.dims(value)
+            index = position - (rank - len(dims))
+            if index < 0:
+                continue
+            dim = dims[index]
+            if has_tokens(dim) or is_batch(dim):
+                labels[dim] = None
+            elif rule._volume(dim) != 1:
+                plain = dim
+        tokens = [dim for dim in labels if has_tokens(dim)]
+        if len(tokens) > 1:
+            raise rule.refuse(f"combines different token axes: {tokens}")
+        if (B,) in labels:
+            labels.pop((B1,), None)
+        result.append(tokens[0] if tokens else next(iter(labels), plain))
+    for value in values:
+        if rule.inside(value):
+            continue
+        shape = shape_of(value)
+        lead = rank - len(shape)
+        wanted: list[Dim] = [(B1,) if is_batch(dim) else (1,) for dim in result[:lead]]
+        for dim, size in zip(result[lead:], shape, strict=True):
+            if size == 1:
+                wanted.append((B1,) if is_batch(dim) else (1,))
+            else:
+                wanted.append(dim if has_tokens(dim) or is_batch(dim) else (size,))
+        rule.demand(value, tuple(wanted))
+    return tuple(result)
+
+
+@_rule(aten.copy.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _pointwise(rule: _Rule) -> Dims:
+    values = _tensors(rule.node.all_input_nodes)
+    return _broadcast(rule, values, len(shape_of(rule.node)))
+
+
+@_rule(
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.dropout.default,
+    aten._softmax.default,
+    aten.softmax.int,
+    aten._log_softmax.default,
+    aten.log_softmax.int,
+    aten._safe_softmax.default,
+    aten._assert_tensor_metadata.default,
+)
+def _same(rule: _Rule) -> Dims | None:
+    if rule.node.meta.get("val") is None:
+        return None
+    return rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+
+
+@_rule(aten.sym_size.int, aten._assert_async.msg)
+def _no_tensor(rule: _Rule) -> None:
+    """Sizes read off a value follow it by themselves."""
+    return None
+
+
+@_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+def _view(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    factors = [factor for dim in source for factor in dim if factor not in (1, B1)]
+    result: list[Dim] = []
+    for size in shape_of(rule.node):
+        dim: list[Factor] = []
+        while not rule.same_size(rule._volume(tuple(dim)), size):
+            if not factors:
+                raise rule.refuse("cannot tell how the dimensions are regrouped")
+            factor = factors.pop(0)
+            missing = _quotient(size, rule._volume(tuple(dim)))
+            if _quotient(missing, rule._volume((factor,))) is None:
+                rest = _quotient(factor, missing) if isinstance(factor, int) else None
+                if rest is None:
+                    raise rule.refuse("splits a token axis")
+                factors.insert(0, rest)
+                factor = missing
+            dim.append(factor)
+        result.append(tuple(dim) or (1,))
+    return tuple(result)
+
+
+def _quotient(size: Factor | None, divisor: Factor) -> Factor | None:
+    """``size / divisor`` when it is whole, else ``None``."""
+    if size is None:
+        return None
+    ratio = sympy.cancel(sympy.sympify(size) / sympy.sympify(divisor))
+    if sympy.fraction(ratio)[1] != 1:
+        return None
+    return int(ratio) if ratio.is_number else ratio
+
+
+@_rule(aten.expand.default)
+def _expand(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    shape = shape_of(rule.node)
+    lead = len(shape) - len(source)
+    result: list[Dim] = [(size,) for size in shape[:lead]]
+    for dim, size in zip(source, shape[lead:], strict=True):
+        grows = rule._volume(dim) == 1 and size != 1
+        if grows and dim == (B1,):
+            result.append((B,))
+        else:
+            result.append((size,) if grows else dim)
+    return tuple(result)
+
+
+@_rule(aten.permute.default)
+def _permute(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    return tuple(source[dim] for dim in rule.node.args[1])  # type: ignore[union-attr, index]
+
+
+@_rule(aten.transpose.int)
+def _transpose(rule: _Rule) -> Dims:
+    source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
+    one, two = rule.node.args[1:3]
+    source[one], source[two] = source[two], source[one]  # type: ignore[index]
+    return tuple(source)
+
+
+@_rule(aten.t.default, aten.numpy_T.default, aten.mT.default)
+def _matrix_transpose(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    return (*source[:-2], *source[-2:][::-1])
+
+
+@_rule(aten.unsqueeze.default)
+def _unsqueeze(rule: _Rule) -> Dims:
+    source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
+    source.insert(rule.node.args[1] % (len(source) + 1), (1,))  # type: ignore[operator]
+    return tuple(source)
+
+
+@_rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def _squeeze(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    dims = rule.number(1, "dim")
+    chosen = range(len(source)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {dim % len(source) for dim in chosen if rule._volume(source[dim]) == 1}
+    return tuple(dim for index, dim in enumerate(source) if index not in gone)
+
+
+@_rule(aten.slice.Tensor)
+def _slice(rule: _Rule) -> Dims:
+    source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
+    dim = rule.axis(rule.node.args[0], rule.number(1, "dim", 0))  # type: ignore[arg-type]
+    size = shape_of(rule.node)[dim]
+    if not has_tokens(source[dim]):
+        if not rule.same_size(rule._volume(source[dim]), size):
+            source[dim] = (size,)
+        return tuple(source)
+    if rule.same_size(rule._volume(source[dim]), size):
+        return tuple(source)
+    if size == 1 and _is_last(rule, rule.number(2, "start"), source[dim]):
+        source[dim] = (1,)
+        return tuple(source)
+    raise rule.refuse("takes a part of the token axis by position")
+
+
+def _is_last(rule: _Rule, index: Any, dim: Dim) -> bool:
+    return index == -1 or (isinstance(index, int) and rule._volume(dim) == index + 1)
+
+
+@_rule(aten.select.int)
+def _select(rule: _Rule) -> Dims:
+    source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
+    dim = rule.axis(rule.node.args[0], rule.node.args[1])  # type: ignore[arg-type]
+    if has_tokens(source[dim]) and not _is_last(rule, rule.node.args[2], source[dim]):
+        raise rule.refuse("takes one token by position")
+    del source[dim]
+    return tuple(source)
+
+
+@_rule(
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    aten.max.dim,
+    aten.min.dim,
+    aten.var_mean.correction,
+)
+def _several(rule: _Rule) -> list[Dims | None]:
+    """Results with the source's dimensions except along one, which must not count tokens."""
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    target = rule.node.target
+    if target in (aten.topk.default, aten.split.Tensor, aten.split_with_sizes.default):
+        dim = rule.number(2, "dim", -1 if target is aten.topk.default else 0)
+    elif target is aten.chunk.default:
+        dim = rule.number(2, "dim", 0)
+    elif target is aten.sort.stable:
+        dim = rule.node.kwargs.get("dim", -1)
+    elif target is aten.unbind.int:
+        dim = rule.number(1, "dim", 0)
+    else:
+        dim = rule.number(1, "dim", -1)
+    chosen = [dim] if isinstance(dim, int) else list(dim)
+    if any(has_tokens(source[d]) for d in chosen):
+        raise rule.refuse("works along the token axis")
+    results: list[Dims | None] = []
+    for val in rule.node.meta["val"]:
+        if val.ndim == len(source):
+            sizes = [_size(size) for size in val.shape]
+            results.append(
+                tuple(
+                    (size,) if d in [c % len(source) for c in chosen] else have
+                    for d, (have, size) in enumerate(zip(source, sizes, strict=True))
+                )
+            )
+        else:
+            gone = {c % len(source) for c in chosen}
+            results.append(tuple(have for d, have in enumerate(source) if d not in gone))
+    return results
+
+
+def _getitem(rule: _Rule) -> Any:
+    return rule.axes.dims[rule.node.args[0]][rule.node.args[1]]  # type: ignore[index]
+
+
+_RULES[operator.getitem] = _getitem
+
+
+@_rule(aten.cat.default)
+def _cat(rule: _Rule) -> Dims:
+    values = list(rule.node.args[0])  # type: ignore[arg-type]
+    rank = len(shape_of(rule.node))
+    dim = rule.number(1, "dim", 0) % rank
+    along = [rule.dims(value)[dim] for value in values]
+    flat = [(*dims[:dim], *dims[dim + 1 :]) for dims in map(rule.dims, values)]
+    result: list[Dim] = []
+    for position in range(rank - 1):
+        column = {dims[position] for dims in flat}
+        labels = [d for d in column if has_tokens(d) or is_batch(d)]
+        if sum(map(has_tokens, labels)) > 1:
+            raise rule.refuse("joins different token axes")
+        result.append(labels[0] if labels else flat[0][position])
+    for value in values:
+        if not rule.inside(value):
+            rest = [*result[:dim], (shape_of(value)[dim],), *result[dim:]]
+            rule.demand(value, tuple(rest))
+    if any(map(has_tokens, along)):
+        if any(len(d) > 1 and has_tokens(d) for d in along):
+            raise rule.refuse("joins flattened token axes")
+        total = sum((d[0] if len(d) == 1 else rule._volume(d)) for d in along)
+        joined: Dim = (sympy.expand(total),)
+    else:
+        joined = (shape_of(rule.node)[dim],)
+    return (*result[:dim], joined, *result[dim:])
+
+
+@_rule(aten.stack.default)
+def _stack(rule: _Rule) -> Dims:
+    values = list(rule.node.args[0])  # type: ignore[arg-type]
+    rank = len(shape_of(rule.node))
+    dim = rule.number(1, "dim", 0) % rank
+    result = list(_broadcast(rule, values, rank - 1))
+    result.insert(dim, (len(values),))
+    return tuple(result)
+
+
+@_rule(aten.linear.default)
+def _linear(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    if has_tokens(source[-1]) or any(rule.inside(arg) for arg in rule.node.args[1:]):
+        raise rule.refuse("mixes tokens with fixed weights")
+    return (*source[:-1], (shape_of(rule.node)[-1],))
+
+
+@_rule(aten.addmm.default)
+def _addmm(rule: _Rule) -> Dims:
+    _bias, one, two = rule.node.args[:3]
+    return _contract(rule, one, two)  # type: ignore[arg-type]
+
+
+@_rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def _matmul(rule: _Rule) -> Dims:
+    return _contract(rule, *rule.node.args[:2])  # type: ignore[arg-type]
+
+
+def _contract(rule: _Rule, one: fx.Node, two: fx.Node) -> Dims:
+    left, right = rule.dims(one), rule.dims(two)
+    if len(left) < 2 or len(right) < 2:
+        raise rule.refuse("multiplies a vector")
+    shared = {dim for dim in (left[-1], right[-2]) if has_tokens(dim)}
+    if len(shared) > 1:
+        raise rule.refuse(f"contracts different token axes: {shared}")
+    if shared:
+        (dim,) = shared
+        rule.demand(one, (*left[:-1], dim))
+        rule.demand(two, (*right[:-2], dim, right[-1]))
+    rank = len(shape_of(rule.node))
+    batch: list[Dim] = []
+    for position in range(rank - 2):
+        column = []
+        for dims in (left, right):
+            index = position - (rank - len(dims))
+            if index >= 0:
+                column.append(dims[index])
+        labels = {d for d in column if has_tokens(d) or is_batch(d)} - (
+            {(B1,)} if (B,) in column else set()
+        )
+        if sum(map(has_tokens, labels)) > 1:
+            raise rule.refuse("combines different token axes")
+        sized = [d for d in column if rule._volume(d) != 1]
+        batch.append(next(iter(labels), (sized or column)[0]))
+    return (*batch, left[-2], right[-1])
+
+
+@_rule(aten.scaled_dot_product_attention.default)
+def _attention(rule: _Rule) -> Dims:
+    query, key, value = (rule.node.args[i] for i in range(3))
+    q, k, v = (rule.dims(node) for node in (query, key, value))  # type: ignore[arg-type]
+    keys = {dim for dim in (k[-2], v[-2]) if has_tokens(dim)}
+    if len(keys) > 1 or any(has_tokens(dims[-1]) for dims in (q, k, v)):
+        raise rule.refuse("keys and values count different tokens")
+    if keys:
+        (along,) = keys
+        rule.demand(key, (*k[:-2], along, k[-1]))
+        rule.demand(value, (*v[:-2], along, v[-1]))
+    mask = rule.number(3, "attn_mask")
+    if mask is not None:
+        rank = len(shape_of(rule.node))
+        lead = [d if is_batch(d) else (1,) for d in q[: rank - 2]]
+        full = (*lead, q[-2], next(iter(keys), k[-2]))
+        shape = shape_of(mask)
+        wanted: list[Dim] = []
+        if len(shape) < rank:
+            wanted = [(B1,) if is_batch(d) else (1,) for d in full[: rank - len(shape)]]
+        for dim, size in zip(full[rank - len(shape) :], shape, strict=True):
+            if size == 1:
+                wanted.append((B1,) if is_batch(dim) else (1,))
+            else:
+                wanted.append(dim if has_tokens(dim) or is_batch(dim) else (size,))
+        rule.demand(mask, tuple(wanted))
+    return (*q[:-1], v[-1])
+
+
+@_rule(
+    aten.mean.dim,
+    aten.sum.dim_IntList,
+    aten.amax.default,
+    aten.amin.default,
+    aten.any.dim,
+    aten.all.dim,
+    aten.prod.dim_int,
+    aten.var.correction,
+    aten.logsumexp.default,
+    aten.linalg_vector_norm.default,
+    aten.argmax.default,
+    aten.argmin.default,
+)
+def _reduce(rule: _Rule) -> Dims:
+    """Pooling over tokens pools over those that are left."""
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    names = {aten.linalg_vector_norm.default: (2, 3)}
+    at, keep_at = names.get(rule.node.target, (1, 2))
+    dims = rule.number(at, "dim")
+    keep = rule.number(keep_at, "keepdim", False)
+    if rule.node.target is aten.var.correction:
+        keep = rule.node.kwargs.get("keepdim", False)
+    chosen = range(len(source)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {dim % len(source) for dim in chosen} or set(range(len(source)))
+    if rule.node.target in (aten.argmax.default, aten.argmin.default) and any(
+        has_tokens(source[dim]) for dim in gone
+    ):
+        raise rule.refuse("returns the position of a token")
+    if keep:
+        return tuple((1,) if index in gone else dim for index, dim in enumerate(source))
+    return tuple(dim for index, dim in enumerate(source) if index not in gone)
+
+
+@_rule(aten.sum.default, aten.mean.default, aten.amax.default)
+def _reduce_all(rule: _Rule) -> Dims:
+    return ()
+
+
+@_rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)
+def _norm(rule: _Rule) -> Dims | list[Dims | None]:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    normalised = len(rule.node.args[1])  # type: ignore[arg-type]
+    if any(map(has_tokens, source[-normalised:])):
+        raise rule.refuse("normalises over tokens")
+    if isinstance(rule.node.meta["val"], (tuple, list)):
+        return [source, None]
+    return source
+
+
+@_rule(aten.cumsum.default, aten.cumprod.default, aten.flip.default, aten.roll.default)
+def _ordered(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    dims = rule.number(2 if rule.node.target is aten.roll.default else 1, "dim")
+    for dim in [dims] if isinstance(dims, int) else dims:
+        if has_tokens(source[dim]):
+            raise rule.refuse("depends on the place of each token among all")
+    return source
+
+
+@_rule(aten.embedding.default)
+def _embedding(rule: _Rule) -> Dims:
+    table, index = rule.node.args[:2]
+    if rule.inside(table):
+        raise rule.refuse("looks up tokens by position")
+    return (*rule.dims(index), (shape_of(rule.node)[-1],))  # type: ignore[arg-type]
+
+
+@_rule(aten.gather.default)
+def _gather(rule: _Rule) -> Dims:
+    source, dim, index = rule.node.args[:3]
+    axis = rule.axis(source, dim)  # type: ignore[arg-type]
+    have, at = rule.dims(source), rule.dims(index)  # type: ignore[arg-type]
+    if has_tokens(have[axis]):
+        raise rule.refuse("reads tokens by position")
+    result = []
+    for position in range(len(at)):
+        column = {at[position]} | ({have[position]} if position != axis else set())
+        labels = [d for d in column if has_tokens(d) or is_batch(d)]
+        result.append(labels[0] if labels else at[position])
+    others = [*result[:axis], have[axis], *result[axis + 1 :]]
+    rule.demand(source, tuple(others))
+    rule.demand(index, tuple(result))
+    return tuple(result)
+
+
+@_rule(aten.index.Tensor)
+def _index(rule: _Rule) -> Dims:
+    source, indices = rule.node.args[:2]
+    have = rule.dims(source)  # type: ignore[arg-type]
+    tensors = [index for index in indices if index is not None]  # type: ignore[union-attr]
+    if any(index.meta["val"].dtype == torch.bool for index in tensors):
+        raise rule.refuse("chooses a number of rows that is known only at run time")
+    positions = [at for at, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+    if any(has_tokens(have[at]) for at in positions):
+        raise rule.refuse("reads tokens by position")
+    if positions != list(range(positions[0], positions[-1] + 1)):
+        raise rule.refuse("has indices that are not adjacent")
+    rank = max(len(rule.dims(index)) for index in tensors)
+    middle = _broadcast(rule, tensors, rank)
+    rest = have[positions[-1] + 1 :] + have[len(indices) :] * 0  # type: ignore[arg-type]
+    return (*have[: positions[0]], *middle, *rest)
+
+
+@_rule(aten.slice_scatter.default, aten.select_scatter.default)
+def _scatter_part(rule: _Rule) -> Dims:
+    base, part = rule.node.args[:2]
+    have = rule.dims(base)  # type: ignore[arg-type]
+    at = 2
+    dim = rule.number(at, "dim", 0) % len(have)
+    if has_tokens(have[dim]):
+        raise rule.refuse("writes tokens by position")
+    piece = rule.dims(part)  # type: ignore[arg-type]
+    if rule.node.target is aten.select_scatter.default:
+        piece = (*piece[:dim], have[dim], *piece[dim:])
+    merged = tuple(
+        d if has_tokens(d) else (p if has_tokens(p) else d)
+        for d, p in zip(have, piece, strict=True)
+    )
+    rule.demand(base, merged)
+    wanted = merged if rule.node.target is aten.slice_scatter.default else (*merged[:dim], *merged[dim + 1 :])
+    if not rule.inside(part):
+        sized = [
+            (size,) if not (has_tokens(d) or is_batch(d)) else d
+            for d, size in zip(wanted, shape_of(part), strict=True)  # type: ignore[arg-type]
+        ]
+        rule.demand(part, tuple(sized))
+    return merged
+
+
+@_rule(aten.repeat.default)
+def _repeat(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    times = list(rule.node.args[1])  # type: ignore[arg-type]
+    lead = len(times) - len(source)
+    result: list[Dim] = [(count,) for count in times[:lead]]
+    for dim, count in zip(source, times[lead:], strict=True):
+        if count != 1 and has_tokens(dim):
+            raise rule.refuse("repeats the token axis")
+        result.append(dim if count == 1 else (rule._volume(dim) * count,))
+    return tuple(result)
+
+
+@_rule(aten.constant_pad_nd.default, aten.pad.default)
+def _pad(rule: _Rule) -> Dims:
+    source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
+    amounts = list(rule.node.args[1])  # type: ignore[arg-type]
+    shape = shape_of(rule.node)
+    for pair in range(len(amounts) // 2):
+        dim = len(source) - 1 - pair
+        if amounts[2 * pair] or amounts[2 * pair + 1]:
+            if has_tokens(source[dim]):
+                raise rule.refuse("pads the token axis")
+            source[dim] = (shape[dim],)
+    return tuple(source)
+
+
+@_rule(aten.cross_entropy_loss.default)
+def _cross_entropy(rule: _Rule) -> Dims:
+    logits, target = rule.node.args[:2]
+    have = rule.dims(logits)  # type: ignore[arg-type]
+    if len(have) != 2 or has_tokens(have[-1]):
+        raise rule.refuse("expects logits [rows, classes]")
+    rule.demand(target, (have[0],))
+    rank = len(shape_of(rule.node))
+    return (have[0],) * rank
+
+
+# -- frontier ----------------------------------------------------------------------------------
+
+_LAYOUT = {
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.alias.default,
+}
+
+
+def _absorb_layout(axes: TokenAxes, starts: Mapping[fx.Node, Dims]) -> None:
+    """Move the frontier up through views that only the region uses.
+
+    Models reshape cos, sin and masks anew in every layer; reducing their common source needs one
+    gather instead of one per layer.
+    """
+    changed = True
+    while changed:
+        changed = False
+        for node, wanted in list(axes.frontier.items()):
+            if node.target not in _LAYOUT or len(wanted) != len(shape_of(node)):
+                continue
+            if not all(user in axes.dims or user in starts for user in node.users):
+                continue
+            source = node.args[0]
+            if not isinstance(source, fx.Node) or source in axes.dims:
+                continue
+            guess = _source_dims(axes, node, source, wanted)
+            earlier = axes.frontier.get(source)
+            if guess is None or (earlier is not None and earlier != guess):
+                continue
+            del axes.frontier[node]
+            axes.frontier[source] = guess
+            axes.dims[node] = wanted
+            changed = True
+
+
+def _source_dims(axes: TokenAxes, node: fx.Node, source: fx.Node, wanted: Dims) -> Dims | None:
+    """Dimensions of ``source`` from which the rule of ``node`` gives ``wanted``, if any."""
+    choices: list[list[Dim]] = []
+    wanted_tokens = list(dict.fromkeys(dim for dim in wanted if has_tokens(dim)))
+    for size in shape_of(source):
+        options: list[Dim] = []
+        for dim in wanted_tokens:
+            if _Rule(axes, node).same_size(_Rule(axes, node)._volume(dim), size):
+                options.append(dim)
+        if axes.batch is not None and size == axes.batch and (B,) in wanted:
+            options.append((B,))
+        if axes.batch is not None and size == 1:
+            options.append((B1,))
+        options.append((size,))
+        choices.append(options)
+    trials: list[list[Dim]] = [[]]
+    for options in choices:
+        trials = [[*trial, option] for trial in trials for option in options]
+        if len(trials) > 64:
+            return None
+    for trial in trials:
+        attempt = TokenAxes(axes.tokens, axes.batch, {source: tuple(trial)})
+        try:
+            result = _Rule(attempt, node).apply()
+        except UnsupportedOperatorError:
+            continue
+        if result is not None and _plain(result) == _plain(wanted):
+            return tuple(trial)
+    return None
+
+
+def _plain(dims: Dims) -> Dims:
+    return tuple((1,) if dim == (B1,) else dim for dim in dims)

@@ -1,0 +1,125 @@
+"""What a SOURCE on the command line may be, and how it becomes a program."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmopt.errors import ArtifactError, CaptureError
+
+if TYPE_CHECKING:
+    from vlmopt.program import Program
+
+SOURCE_HELP = """\
+\b
+SOURCE is one of:
+  DIR               a program folder, written by vlmopt capture or vlmopt run
+  FILE.pt2          a program saved by torch.export.save
+  pkg.mod:factory   a Python callable that returns a Program or (model, inputs);
+                    naming it imports the module, which runs its code
+  digits            the bundled vision-language model"""
+
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def load_program(source: str) -> Program:
+    """The program that a SOURCE stands for.
+
+    Raises:
+        ArtifactError: there is no such thing, or it is of a kind that cannot be read.
+        CaptureError: a factory returns something else, or its model cannot be captured.
+    """
+    path = Path(source)
+    if path.is_dir():
+        import vlmopt
+
+        return vlmopt.load(path)
+    if path.suffix == ".onnx":
+        raise ArtifactError(
+            f"{source} is an ONNX file; vlmopt writes these but cannot read them",
+            hint="capture the PyTorch model: vlmopt capture pkg.mod:factory -o DIR",
+        )
+    if path.suffix == ".pt2":
+        return _load_exported(path)
+    if source == "digits":
+        return _capture_digits()
+    if _FACTORY.fullmatch(source):
+        return _call_factory(source)
+    raise ArtifactError(
+        f"{source} is neither a program folder, nor a .pt2 file, nor pkg.mod:factory, nor digits",
+        hint="vlmopt capture --help describes what can be read",
+    )
+
+
+def _load_exported(path: Path) -> Program:
+    import torch
+
+    from vlmopt.graph.canonical import canonical_graph
+    from vlmopt.program import Port, Program, Stage
+
+    if not path.is_file():
+        raise ArtifactError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ArtifactError(f"{path} is no program saved by torch.export.save")
+    try:
+        exported = torch.export.load(path)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise ArtifactError(
+            f"{path} cannot be read by torch.export.load" + (f" ({reason[0]})" if reason else ""),
+            hint="it must come from torch.export.save of the same version of torch",
+        ) from error
+    module, _ = canonical_graph(exported)
+    values: Any = module.graph.output_node().args[0]
+    inputs = tuple(Port(node.name) for node in module.graph.find_nodes(op="placeholder"))
+    outputs = tuple(Port(f"output_{index}") for index in range(len(values)))
+    stage = Stage("model", module, inputs, outputs)
+    return Program({"model": stage}, model_type=path.stem)
+
+
+def _capture_digits() -> Program:
+    from vlmopt import digits
+    from vlmopt.capture import capture
+
+    model, processor = digits.load_model()
+    scene, question = digits.heldout_samples(1)[0]
+    return capture(model, dict(digits.batch(processor, [scene], [question])))
+
+
+def _call_factory(source: str) -> Program:
+    from torch import nn
+
+    from vlmopt.capture import capture
+    from vlmopt.program import Program
+
+    made = _find_factory(source)()
+    if isinstance(made, Program):
+        return made
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        return capture(*made)
+    raise CaptureError(
+        f"{source} returned {type(made).__name__}, not a Program or a pair (model, inputs)"
+    )
+
+
+def _find_factory(source: str) -> Callable[[], Any]:
+    module_name, _, name = source.partition(":")
+    if os.getcwd() not in sys.path:  # as python -m does, and an installed script does not
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ArtifactError(
+            f"{source}: there is no module {error.name}",
+            hint="run in the folder that holds the module, or install it",
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise ArtifactError(f"module {module_name} has no callable {name}")
+    return factory  # type: ignore[no-any-return]

@@ -1,0 +1,345 @@
+"""Cutting tokens: in the prefill at one layer, and in the decode stage that continues from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vlmopt.analysis.token_axes import B, Dims, Factor, T, TokenAxes, follow_tokens, has_tokens
+from vlmopt.errors import PreconditionError, UnsupportedOperatorError
+from vlmopt.pipeline.passes import PassContext
+from vlmopt.program import Cut, Port, Role, Stage
+from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.region import gather_tokens, shorten_region, take_along
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CutSite:
+    """Where and how much to cut.
+
+    Attributes:
+        hidden: residual stream entering ``layer``, ``[batch, tokens, width]``.
+        modality: modality of its tokens, int64 ``[batch, tokens]``.
+        visual, quotas: visual tokens before and after, per sample.
+        match: number of this cut among those of the stage, from 1.
+        prefix: first part of the names of new nodes.
+    """
+
+    stage: Stage
+    layer: int
+    hidden: fx.Node
+    modality: fx.Node
+    visual: tuple[int, ...]
+    quotas: tuple[int, ...]
+    match: int
+    prefix: str
+    ctx: PassContext
+
+
+def cut_tokens(
+    site: CutSite,
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    values: list[fx.Node],
+) -> None:
+    """Keep the tokens that ``choose`` selects, from ``site.hidden`` on.
+
+    Args:
+        choose: ``(modality, length, *values) -> (score, slots, valid)``: float32 ``[batch,
+            tokens]``; int64 ``[batch, length]`` ascending; bool ``[batch, length]``, False for
+            fillers that no one may attend to.
+        values: what ``choose`` reads; their tokens are those of ``site.hidden``.
+
+    Raises:
+        UnsupportedOperatorError: what follows cannot run on fewer tokens.
+    """
+    stage, graph = site.stage, site.stage.graph
+    val = site.hidden.meta["val"]
+    batch, tokens = val.shape[0], val.shape[1]
+    length = tokens - min(b - a for b, a in zip(site.visual, site.quotas, strict=True))
+    ragged = len(set(site.visual)) > 1
+    starts: dict[fx.Node, Dims] = {
+        site.hidden: ((B,) if batch != 1 else (1,), (T,), (int(val.shape[2]),))
+    }
+    axes = follow_tokens(graph, starts, tokens=_factor(tokens), batch=_batch(batch))
+    emit = _emitter(site.ctx, stage, site.hidden, site.match, site.prefix)
+
+    last = _latest(graph, [site.hidden, site.modality, *values])
+    with graph.inserting_after(last):
+        anchor = graph.call_function(aten.alias.default, (last,))  # keeps the insertion point
+    with graph.inserting_before(anchor):
+        _score, slots, valid = emit.trace(
+            choose, site.modality, length, *values, names=("score", "keep", "valid")
+        )
+        shorter = gather_tokens(emit, site.hidden, starts[site.hidden], lambda _: slots, name="out")
+        modality = emit.trace(take_along, site.modality, slots, 1, _batch_dim(batch), names=("modality",))
+        kept = emit.trace(_kept_slots, *_present(stage, slots, valid), names=("kept",))
+    frontier: dict[fx.Node, fx.Node] = {}
+    for value, dims in axes.frontier.items():
+        with graph.inserting_before(_after(graph, value, anchor)):
+            fewer = gather_tokens(
+                emit, value, dims, lambda _: slots, name=f"gather_{value.name}"
+            )
+            if ragged and _is_mask(axes, value):
+                fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
+        frontier[value] = fewer
+    if ragged:
+        _require_masks(axes)
+    shorten_region(
+        axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier
+    )
+    graph.erase_node(anchor)
+    _finish(site, axes, kept, modality, int(tokens), int(length))
+
+
+def cut_decode(
+    decode: Stage, prefill: Stage, cut: Cut, ctx: PassContext, *, match: int, prefix: str
+) -> None:
+    """Make the decode stage take the shorter keys and values of the layers from a cut on."""
+    graph = decode.graph
+    kept_name = f"{cut.kept}_slots"
+    ports = [
+        port
+        for port in decode.inputs
+        if port.role in (Role.KEY, Role.VALUE) and port.layer is not None and port.layer >= cut.layer
+    ]
+    nodes = {port: decode.placeholder(port) for port in ports}
+    first = next(iter(nodes.values()))
+    emit = _emitter(ctx, decode, first, match, prefix)
+    batch = first.meta["val"].shape[0]
+    starts: dict[fx.Node, Dims] = {}
+    for node in nodes.values():
+        shape = node.meta["val"].shape
+        starts[node] = (
+            (B,) if batch != 1 else (1,),
+            (int(shape[1]),),
+            (T,),
+            (int(shape[3]),),
+        )
+    past = first.meta["val"].shape[2]
+    axes = follow_tokens(graph, starts, tokens=_factor(past), batch=_batch(batch))
+
+    prompt = decode.facts["tokens"]
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        kept = graph.placeholder(kept_name)
+    with decode.fake_mode():
+        kept.meta["val"] = torch.empty(batch, cut.tokens[1], dtype=torch.int64)
+    ctx.stamp(kept, match)
+    dropped = cut.tokens[0] - cut.tokens[1]
+    for node in nodes.values():
+        shape = list(node.meta["val"].shape)
+        shape[2] = shape[2] - dropped
+        with decode.fake_mode():
+            node.meta["val"] = torch.empty(shape, dtype=node.meta["val"].dtype)
+    after_inputs = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(after_inputs):
+        length = emit.call(aten.sym_size.int, first, 2)
+        seen = emit.call(aten.sym_size.int, _mask_over_all(decode), 1)
+    indices: dict[Any, fx.Node] = {}
+    ragged = len(set(cut.visual)) > 1
+    frontier: dict[fx.Node, fx.Node] = {}
+    for value, dims in axes.frontier.items():
+        source = _ungathered(graph, value)
+        before = _after(graph, value, after_inputs)
+        with graph.inserting_before(before):
+
+            def index(expression: Any) -> fx.Node:
+                new = int(expression - T)
+                if expression not in indices:
+                    indices[expression] = emit.trace(
+                        _slots_in_decode, kept, seen, prompt, new, names=("slots",)
+                    )
+                return indices[expression]
+
+            for dim in dims:
+                if has_tokens(dim):
+                    index(dim[0])
+            fewer = gather_tokens(emit, source, dims, index, name=f"gather_{source.name}")
+            if ragged:
+                expression = next(dim[0] for dim in dims if has_tokens(dim))
+                fewer = emit.trace(
+                    _mask_decode_fillers,
+                    fewer,
+                    kept,
+                    index(expression),
+                    names=(f"mask_{source.name}",),
+                )
+            fewer.meta["custom"]["vlmopt"]["source"] = source.name
+        frontier[value] = fewer
+    shorten_region(
+        axes, emit, starts={node: node for node in starts}, length=length, frontier=frontier
+    )
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    decode.graph_module.recompile()
+    decode.inputs = tuple(
+        replace(port, kept=kept_name) if port in nodes else port for port in decode.inputs
+    ) + (Port(kept_name, Role.KEPT),)
+    decode.outputs = _outputs_on_kept(decode, axes, kept_name)
+
+
+# -- pieces ------------------------------------------------------------------------------------
+
+
+def _kept_slots(slots: Tensor, valid: Tensor, earlier: Tensor | None = None) -> Tensor:
+    """Original slot of each token still present, -1 for fillers."""
+    original = slots if earlier is None else earlier.gather(1, slots)
+    return torch.where(valid, original, -1)
+
+
+def _mask_fillers(mask: Tensor, valid: Tensor) -> Tensor:
+    """An attention mask ``[batch, ..., keys]`` that hides fillers too."""
+    visible = valid.view(valid.shape[0], *[1] * (mask.ndim - 2), valid.shape[1])
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return torch.where(visible, mask, torch.finfo(mask.dtype).min)
+
+
+def _slots_in_decode(kept: Tensor, seen: Any, prompt: int, new: int) -> Tensor:
+    """Positions of the kept tokens and of all generated ones in a mask over everything seen."""
+    generated = torch.arange(prompt, seen - 1 + new, device=kept.device)
+    return torch.cat([kept.clamp(min=0), generated.expand(kept.shape[0], -1)], dim=1)
+
+
+def _mask_decode_fillers(mask: Tensor, kept: Tensor, slots: Tensor) -> Tensor:
+    rest = torch.ones_like(slots[:, kept.shape[1] :], dtype=torch.bool)
+    return _mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
+
+
+def _present(stage: Stage, slots: fx.Node, valid: fx.Node) -> list[fx.Node]:
+    if not stage.cuts:
+        return [slots, valid]
+    return [slots, valid, stage.output_node(stage.cuts[-1].kept)]
+
+
+def _finish(
+    site: CutSite, axes: TokenAxes, kept: fx.Node, modality: fx.Node, before: int, after: int
+) -> None:
+    stage, graph = site.stage, site.stage.graph
+    name = f"kept_{site.match}"
+    output = graph.output_node()
+    output.args = ((*output.args[0], kept),)  # type: ignore[misc]
+    stage.outputs = (*_outputs_on_kept(stage, axes, name), Port(name, Role.KEPT))
+    stage.cuts = (
+        *stage.cuts,
+        Cut(
+            site.layer,
+            (before, after),
+            tuple(zip(site.visual, site.quotas, strict=True)),
+            name,
+            modality.name,
+            site.ctx.spec,
+        ),
+    )
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph.lint()
+    stage.graph_module.recompile()
+
+
+def _outputs_on_kept(stage: Stage, axes: TokenAxes, kept: str) -> tuple[Port, ...]:
+    values = stage.graph.output_node().args[0]
+    ports = []
+    for port, node in zip(stage.outputs, values, strict=False):  # type: ignore[arg-type]
+        dims = axes.dims.get(node)
+        touched = dims is not None and any(map(has_tokens, dims))
+        ports.append(replace(port, kept=kept) if touched else port)
+    return tuple(ports)
+
+
+def _is_mask(axes: TokenAxes, value: fx.Node) -> bool:
+    """Whether attention takes a frontier value, or a view of it, as its mask."""
+    stack, seen = [value], set()
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user not in axes.dims or user in seen:
+                continue
+            seen.add(user)
+            if user.target is aten.scaled_dot_product_attention.default:
+                if _mask_of(user) is node:
+                    return True
+            elif _mask_like(user, node):
+                stack.append(user)
+    return False
+
+
+def _mask_like(user: fx.Node, node: fx.Node) -> bool:
+    return user.meta["val"].dtype == node.meta["val"].dtype and len(user.all_input_nodes) == 1
+
+
+def _mask_of(attention: fx.Node) -> Any:
+    if len(attention.args) > 3:
+        return attention.args[3]
+    return attention.kwargs.get("attn_mask")
+
+
+def _require_masks(axes: TokenAxes) -> None:
+    for node in axes.dims:
+        if node.target is aten.scaled_dot_product_attention.default and _mask_of(node) is None:
+            raise UnsupportedOperatorError(
+                "samples keep different numbers of visual tokens, but this attention has no mask "
+                "that could hide the fillers",
+                node=node,
+                hint="pass an attention_mask when capturing, or batch samples with equal images",
+            )
+
+
+def _emitter(ctx: PassContext, stage: Stage, place: fx.Node, match: int, prefix: str) -> Emitter:
+    return Emitter(
+        stage.graph,
+        stamp=lambda node: ctx.stamp(node, match),
+        place=place,
+        prefix=prefix,
+        fake_mode=stage.fake_mode(),
+    )
+
+
+def _factor(size: Any) -> Factor:
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return int(size)
+
+
+def _batch(batch: Any) -> Factor | None:
+    return None if batch == 1 else _factor(batch)
+
+
+def _batch_dim(batch: Any) -> int | None:
+    return None if batch == 1 else 0
+
+
+def _latest(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
+    wanted = set(nodes)
+    return [node for node in graph.nodes if node in wanted][-1]
+
+
+def _after(graph: fx.Graph, value: fx.Node, anchor: fx.Node) -> fx.Node:
+    """The node before which something may be inserted that needs both ``value`` and ``anchor``."""
+    return value.next if value > anchor else anchor
+
+
+def _ungathered(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """What an earlier cut gathered ``value`` from: positions are those of the whole prompt."""
+    made = (value.meta.get("custom") or {}).get("vlmopt", {})
+    name = made.get("source")
+    if name is None:
+        return value
+    return next(node for node in graph.nodes if node.name == name)
+
+
+def _mask_over_all(decode: Stage) -> fx.Node:
+    """An input whose size tells how many tokens have been seen, dropped ones included."""
+    masks = [port for port in decode.find_inputs(Role.ATTENTION_MASK)]
+    for port in masks:
+        node = decode.placeholder(port)
+        if node.meta["val"].ndim == 2:
+            return node
+    raise PreconditionError(
+        "the decode stage has no attention mask over all tokens seen",
+        hint="capture with an attention_mask among the inputs",
+    )
