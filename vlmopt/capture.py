@@ -26,6 +26,7 @@ from vlmopt import families
 from vlmopt.errors import CaptureError, VlmoptError
 from vlmopt.graph.canonical import canonical_graph
 from vlmopt.program import Modality, Port, Program, Role, Stage
+from vlmopt.rewrite.emit import propagate
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 
@@ -227,10 +228,11 @@ def _unchecked_placeholders(model: nn.Module) -> Iterator[None]:
 def _with_full_cache(
     kwargs: dict[str, Any], prefill: Stage | None, mode: FakeTensorMode | None
 ) -> dict[str, Any]:
-    """Decode inputs whose cache holds every token of the prompt in every layer.
+    """Decode inputs whose cache holds every token of the prompt, and more, in every layer.
 
     A sliding-window cache would hold fewer; the mask already keeps the window, and one length per
-    layer is what lets passes shorten layers one by one.
+    layer is what lets passes shorten layers one by one. A few generated tokens keep the tracer
+    from taking "just after the prompt" for the general case.
     """
     from transformers import DynamicCache
 
@@ -242,14 +244,20 @@ def _with_full_cache(
     with mode or contextlib.nullcontext():
         for layer in sorted(keys):
             pair = [
-                torch.zeros(tuple(val.shape), dtype=val.dtype)
+                torch.zeros(*val.shape[:2], val.shape[2] + _GENERATED, val.shape[3], dtype=val.dtype)
                 for val in (
                     prefill.output_node(keys[layer]).meta["val"],
                     prefill.output_node(values[layer]).meta["val"],
                 )
             ]
             cache.update(pair[0], pair[1], layer)  # type: ignore[arg-type]
-    return {**kwargs, "past_key_values": cache}
+        # generate() leaves it out where nothing is padded, but it is what counts the tokens seen
+        seen = cache.get_seq_length() + 1
+        mask = torch.ones(kwargs["input_ids"].shape[0], seen, dtype=torch.int64)
+    return {**kwargs, "past_key_values": cache, "attention_mask": mask}
+
+
+_GENERATED = 5
 
 
 def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage:
@@ -328,6 +336,7 @@ def _measure_past_by_mask(stage: Stage) -> None:
     for node in sizes:
         node.replace_all_uses_with(past)
         stage.graph.erase_node(node)
+    propagate(stage.graph, set(stage.graph.nodes), stage.fake_mode())
     stage.graph.lint()
     stage.graph_module.recompile()
 
@@ -360,7 +369,8 @@ def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: An
     graph.output_node().args = (tuple(kept),)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     for node in graph.find_nodes(op="placeholder"):
-        if not node.users:
+        port = by_name.get(node.name)
+        if not node.users and (port is None or port.role is not Role.ATTENTION_MASK):
             graph.erase_node(node)
     inputs = tuple(by_name.get(n.name, Port(n.name)) for n in graph.find_nodes(op="placeholder"))
     graph_module.recompile()

@@ -76,7 +76,6 @@ class Cut:
         tokens: ``(before, after)``, per sequence.
         visual: ``(before, after)`` visual tokens, one pair per sample of the capture batch.
         kept: name of the KEPT output port of the stage.
-        modality: name of the node that holds the modality of the kept tokens.
         made_by: text of the pass.
     """
 
@@ -84,7 +83,6 @@ class Cut:
     tokens: tuple[int, int]
     visual: tuple[tuple[int, int], ...]
     kept: str
-    modality: str
     made_by: str
 
 

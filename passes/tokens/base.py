@@ -106,21 +106,20 @@ class TokenDrop(Pass):
             stage,
             layer,
             hidden,
-            modality.node,
+            modality.source,
+            modality.kept,
             modality.visual,
             tuple(quotas),
             match=len(stage.cuts) + 1,
             prefix=_identifier(self.name),
             ctx=ctx,
         )
-        sources = [_SOURCES[name](layers, layer, modality.node) for name in self.reads]
-        values = [node for node, _ in sources]
-        prepare = [function for _, function in sources]
+        nodes = {name: _NODES[name](layers, layer) for name in self.reads if name in _NODES}
 
         def choose(modality: Tensor, length: Any, *values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            ready = [fn(value) for fn, value in zip(prepare, values, strict=True)]
-            score = self.score(*ready).float()
             visual = modality == Modality.VISION
+            given = dict(zip(nodes, values, strict=True), ordinal=select.ordinal(visual))
+            score = self.score(*(given[name] for name in self.reads)).float()
             if len(set(quotas)) == 1 and len(set(site.visual)) == 1:
                 slots = select.keep_best(score, visual, length)
                 return score, slots, torch.ones_like(slots, dtype=torch.bool)
@@ -130,7 +129,7 @@ class TokenDrop(Pass):
             )
             return score, slots, valid
 
-        cut_tokens(site, choose, values)
+        cut_tokens(site, choose, list(nodes.values()))
 
 
 def quota(count: int, keep: float | int) -> int:
@@ -159,18 +158,8 @@ def _identifier(name: str) -> str:
     return name.replace("-", "_")
 
 
-_Source = tuple[fx.Node, Callable[[Tensor], Tensor]]
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
-_SOURCES: dict[str, Callable[[Layers, int, fx.Node], _Source]] = {
-    "hidden": lambda layers, layer, modality: (layers.entries[layer], _same),
-    "previous_hidden": lambda layers, layer, modality: (layers.entries[layer - 1], _same),
-    "ordinal": lambda layers, layer, modality: (
-        modality,
-        lambda value: select.ordinal(value == Modality.VISION),
-    ),
+_NODES: dict[str, Callable[[Layers, int], fx.Node]] = {
+    "hidden": lambda layers, layer: layers.entries[layer],
+    "previous_hidden": lambda layers, layer: layers.entries[layer - 1],
 }
+"""Values of the graph that a score may read, by name."""

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from vlmopt.errors import PreconditionError
@@ -105,10 +106,9 @@ def _entry(stage: Stage, of: dict[fx.Node, int], index: int, previous: int | Non
             if of.get(value) != index and value.op != "get_attr"
         )
     )
-    if previous is None:
-        found = [value for value in outside if _feeds_residual(value, of, index)]
-    else:
-        found = [value for value in outside if _depends_on_layer(value, of, previous)]
+    found = [value for value in outside if _feeds_residual(value, of, index)]
+    if previous is not None:
+        found = [value for value in found if _depends_on_layer(value, of, previous)]
     if len(found) != 1:
         names = ", ".join(f"%{value.name}" for value in found) or "nothing"
         raise PreconditionError(
@@ -120,12 +120,16 @@ def _entry(stage: Stage, of: dict[fx.Node, int], index: int, previous: int | Non
 
 
 def _feeds_residual(value: fx.Node, of: dict[fx.Node, int], index: int) -> bool:
-    """In the first block: the value that is both normalised and added back."""
+    """Whether the block adds something to ``value``, as it does to the stream it updates."""
     val = value.meta.get("val")
-    users = [user for user in value.users if of.get(user) == index]
-    return getattr(val, "ndim", 0) == 3 and val.is_floating_point() and any(  # type: ignore[union-attr]
-        user.target.__name__.startswith("add") if not isinstance(user.target, str) else False  # type: ignore[union-attr]
-        for user in users
+    return (
+        isinstance(val, torch.Tensor)
+        and val.ndim == 3
+        and val.is_floating_point()
+        and any(
+            of.get(user) == index and user.target is torch.ops.aten.add.Tensor
+            for user in value.users
+        )
     )
 
 

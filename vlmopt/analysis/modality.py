@@ -15,14 +15,15 @@ class TokenModality:
     """Modality of the tokens still present.
 
     Attributes:
-        node: int64 ``[batch, tokens]``, values of :class:`~vlmopt.program.Modality`.
-        visual: visual tokens per sample.
+        source: int64 ``[batch, tokens]`` over the whole prompt, values of
+            :class:`~vlmopt.program.Modality`.
+        visual: visual tokens still present, per sample.
         kept: node with the original slot of each token still present, ``None`` before any cut.
         anchor: a value that only the language model depends on, where the stage holds more than
             the language model.
     """
 
-    node: fx.Node
+    source: fx.Node
     visual: tuple[int, ...]
     kept: fx.Node | None = None
     anchor: fx.Node | None = None
@@ -48,14 +49,12 @@ def modality_of_tokens(stage: Stage) -> TokenModality:
     """Modality of the tokens still present in a stage that :func:`token_stage` returned."""
     anchor_name = stage.facts.get("anchor")
     anchor = _by_name(stage, anchor_name) if anchor_name else None
+    source = _source(stage)
+    assert source is not None, "token_stage chose a stage without modality"
     if stage.cuts:
         last = stage.cuts[-1]
         visual = tuple(after for _, after in last.visual)
-        return TokenModality(
-            _by_name(stage, last.modality), visual, stage.output_node(last.kept), anchor
-        )
-    source = _source(stage)
-    assert source is not None, "token_stage chose a stage without modality"
+        return TokenModality(source, visual, stage.output_node(last.kept), anchor)
     return TokenModality(source, tuple(stage.facts["visual_tokens"]), None, anchor)
 
 

@@ -60,6 +60,7 @@ class TokenAxes:
             is ``None`` when it is not followed (batch of one).
         dims: for every value with a token axis, its dimensions; for operators with several
             results, a list with ``None`` for results without one.
+        ends: operators that take a value with a token axis and give one without.
         frontier: values computed outside that share a token axis, with their dimensions. These
             may have more leading dimensions than the value: then it broadcasts over the batch.
     """
@@ -67,6 +68,7 @@ class TokenAxes:
     tokens: Factor
     batch: Factor | None
     dims: dict[fx.Node, Any] = field(default_factory=dict)
+    ends: list[fx.Node] = field(default_factory=list)
     frontier: dict[fx.Node, Dims] = field(default_factory=dict)
 
     @property
@@ -96,6 +98,8 @@ def follow_tokens(
             dims = _Rule(axes, node).apply()
             if dims is not None:
                 axes.dims[node] = dims
+            else:
+                axes.ends.append(node)
     _absorb_layout(axes, starts)
     order = {node: index for index, node in enumerate(graph.nodes)}
     axes.dims = dict(sorted(axes.dims.items(), key=lambda item: order[item[0]]))
@@ -282,6 +286,7 @@ def _pointwise(rule: _Rule) -> Dims:
     aten.alias.default,
     aten.detach.default,
     aten.to.dtype,
+    aten.type_as.default,
     aten._to_copy.default,
     aten.zeros_like.default,
     aten.ones_like.default,
@@ -574,7 +579,10 @@ def _attention(rule: _Rule) -> Dims:
     mask = rule.number(3, "attn_mask")
     if mask is not None:
         rank = len(shape_of(rule.node))
-        lead = [d if is_batch(d) else (1,) for d in q[: rank - 2]]
+        lead = [
+            next((dim for dim in column if is_batch(dim)), (1,))
+            for column in zip(q[:-2], k[:-2], v[:-2], strict=True)
+        ]
         full = (*lead, q[-2], next(iter(keys), k[-2]))
         shape = shape_of(mask)
         wanted: list[Dim] = []
@@ -789,7 +797,7 @@ def _absorb_layout(axes: TokenAxes, starts: Mapping[fx.Node, Dims]) -> None:
         for node, wanted in list(axes.frontier.items()):
             if node.target not in _LAYOUT or len(wanted) != len(shape_of(node)):
                 continue
-            if not all(user in axes.dims or user in starts for user in node.users):
+            if not all(u in axes.dims or u in starts or u in axes.ends for u in node.users):
                 continue
             source = node.args[0]
             if not isinstance(source, fx.Node) or source in axes.dims:

@@ -61,10 +61,8 @@ def canonical_graph(
         copied.meta = dict(node.meta)
         mapping[node] = copied
     graph.set_codegen(fx.graph.CodeGen())
-    module = fx.GraphModule(root, graph)
     simplify(graph)
-    module.recompile()
-    return module, leaves
+    return fx.GraphModule(root, graph), leaves  # takes over only the weights that are read
 
 
 def _tensor_of(exported: torch.export.ExportedProgram, spec: Any) -> torch.Tensor:
@@ -134,11 +132,14 @@ def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
     rows = values.args[1] if values.args[0] is read[0] else values.args[0]  # type: ignore[union-attr]
     like = node.meta["val"]
     with graph.inserting_before(node), like.fake_mode:
-        spread = graph.call_function(aten.unsqueeze.default, (mask, -1))
-        zeros = graph.call_function(aten.zeros_like.default, (base,))
+        # zeros come from the mask, not from base: they must not look like a function of the stream
+        column = graph.call_function(aten.unsqueeze.default, (mask, -1))
+        spread = graph.call_function(aten.expand.default, (column, [-1, -1, like.shape[-1]]))
+        zeros = graph.call_function(aten.zeros_like.default, (spread,), {"dtype": like.dtype})
         dense = graph.call_function(aten.masked_scatter.default, (zeros, spread, rows))
         total = graph.call_function(aten.add.Tensor, (base, dense))
-        spread.meta = {**node.meta, "val": mask.meta["val"].unsqueeze(-1)}
+        column.meta = {**node.meta, "val": mask.meta["val"].unsqueeze(-1)}
+        spread.meta = {**node.meta, "val": column.meta["val"].expand(-1, -1, like.shape[-1])}
         for made in (zeros, dense, total):
             made.meta = {**node.meta, "val": torch.empty_like(like)}
     node.replace_all_uses_with(total)

@@ -515,8 +515,7 @@ class _StageComparison:
 
     def _made_here(self, cut: Cut, site: _Site) -> bool:
         kept = [node for port, node in self.after.outputs if port.name == cut.kept]
-        names = [*kept, cut.modality]
-        return any(self.site_of.get(name) == site for name in names)
+        return any(self.site_of.get(name) == site for name in kept)
 
     def _notes(self, cut: Cut | None, added: Sequence[NodeRecord]) -> tuple[tuple[str, str], ...]:
         if cut is None:

@@ -166,14 +166,6 @@ def _check_kept(stage: Stage) -> None:
             raise VerifyError(
                 "kept", f"{what} of stage {stage.name} refers to {name}, which is no kept port"
             )
-    names = {node.name for node in stage.graph.nodes} if stage.cuts else set()
-    for cut in stage.cuts:
-        if cut.modality not in names:
-            raise VerifyError(
-                "kept",
-                f"the cut at layer {cut.layer} of stage {stage.name} refers to %{cut.modality}, "
-                "which is no node",
-            )
 
 
 _LINT: tuple[Callable[[Stage], None], ...] = (

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
+from vlmopt.pipeline.options import check_options
+
 if TYPE_CHECKING:
     from vlmopt.program import Program
 
@@ -114,8 +116,18 @@ class Pass(ABC):
     zero_matches_ok: ClassVar[bool] = False
     """a clean-up may find nothing; any other pass that finds nothing is an error"""
 
+    def __post_init__(self) -> None:
+        """Convert and check the options; a subclass with a check of its own calls this first."""
+        check_options(self)
+
+    def __str__(self) -> str:
+        """The text of this pass in a pipeline; options that equal their default are left out."""
+        from vlmopt.pipeline.spec import format_pass  # spec needs the registry, which needs Pass
+
+        return format_pass(self)
+
     def requires(self, program: Program) -> None:  # noqa: B027 - optional hook
-        """Raise :class:`~vlmopt.errors.PreconditionError` when the program lacks what this needs."""
+        """Raise :class:`~vlmopt.errors.PreconditionError` if the program lacks what this needs."""
 
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> PassResult:

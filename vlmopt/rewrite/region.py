@@ -61,7 +61,7 @@ def shorten_region(
     replacements = {**starts, **frontier}
     known: dict[fx.Node, Dims] = {**axes.dims, **axes.frontier}
     known |= {replacements[node]: dims for node, dims in known.items() if node in replacements}
-    for node in axes.dims:
+    for node in (*axes.dims, *axes.ends):
         if node in starts:
             continue
         for value in node.all_input_nodes:
@@ -72,7 +72,7 @@ def shorten_region(
     for value, shorter in starts.items():
         if shorter is not value and value in output.all_input_nodes:
             output.replace_input_with(value, shorter)
-    propagate(graph, region - set(starts), emit.fake_mode)
+    propagate(graph, (region | set(axes.ends)) - set(starts), emit.fake_mode)
 
 
 def _rewrite_sizes(
@@ -82,7 +82,6 @@ def _rewrite_sizes(
     length: int | fx.Node,
     before: dict[fx.Node, Dims],
 ) -> None:
-    dims: Dims = axes.dims[node]
     if node.target in (aten.slice.Tensor, aten.select.int):
         source = before.get(node.args[0])  # type: ignore[arg-type]
         along = node.args[1] if len(node.args) > 1 else 0
@@ -90,8 +89,9 @@ def _rewrite_sizes(
             _rewrite_part(node)
         return
     position = SIZE_ARGUMENTS.get(node.target)
-    if position is None:
+    if position is None or node not in axes.dims:
         return
+    dims: Dims = axes.dims[node]
     sizes = list(node.args[position])  # type: ignore[arg-type]
     for index, dim in enumerate(dims):
         if has_tokens(dim) and sizes[index] != -1:

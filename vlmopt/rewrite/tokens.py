@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from vlmopt.analysis.token_axes import B, Dims, Factor, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
 from vlmopt.pipeline.passes import PassContext
-from vlmopt.program import Cut, Port, Role, Stage
+from vlmopt.program import Cut, Modality, Port, Role, Stage
 from vlmopt.rewrite.emit import Emitter
-from vlmopt.rewrite.region import gather_tokens, shorten_region, take_along
+from vlmopt.rewrite.region import gather_tokens, shorten_region
 
 aten = torch.ops.aten
 
@@ -25,7 +25,8 @@ class CutSite:
 
     Attributes:
         hidden: residual stream entering ``layer``, ``[batch, tokens, width]``.
-        modality: modality of its tokens, int64 ``[batch, tokens]``.
+        modality: modality of the tokens of the whole prompt, int64 ``[batch, tokens]``.
+        kept: slots of the tokens still present, ``None`` before the first cut.
         visual, quotas: visual tokens before and after, per sample.
         match: number of this cut among those of the stage, from 1.
         prefix: first part of the names of new nodes.
@@ -35,6 +36,7 @@ class CutSite:
     layer: int
     hidden: fx.Node
     modality: fx.Node
+    kept: fx.Node | None
     visual: tuple[int, ...]
     quotas: tuple[int, ...]
     match: int
@@ -69,16 +71,19 @@ def cut_tokens(
     axes = follow_tokens(graph, starts, tokens=_factor(tokens), batch=_batch(batch))
     emit = _emitter(site.ctx, stage, site.hidden, site.match, site.prefix)
 
-    last = _latest(graph, [site.hidden, site.modality, *values])
+    present = [site.kept] if site.kept is not None else []
+    last = _latest(graph, [site.hidden, site.modality, *present, *values])
     with graph.inserting_after(last):
         anchor = graph.call_function(aten.alias.default, (last,))  # keeps the insertion point
     with graph.inserting_before(anchor):
+        modality = site.modality
+        if present:
+            modality = emit.trace(_modality_of_kept, modality, *present, names=("modality",))
         _score, slots, valid = emit.trace(
-            choose, site.modality, length, *values, names=("score", "keep", "valid")
+            choose, modality, length, *values, names=("score", "keep", "valid")
         )
         shorter = gather_tokens(emit, site.hidden, starts[site.hidden], lambda _: slots, name="out")
-        modality = emit.trace(take_along, site.modality, slots, 1, _batch_dim(batch), names=("modality",))
-        kept = emit.trace(_kept_slots, *_present(stage, slots, valid), names=("kept",))
+        kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
     frontier: dict[fx.Node, fx.Node] = {}
     for value, dims in axes.frontier.items():
         with graph.inserting_before(_after(graph, value, anchor)):
@@ -94,7 +99,7 @@ def cut_tokens(
         axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier
     )
     graph.erase_node(anchor)
-    _finish(site, axes, kept, modality, int(tokens), int(length))
+    _finish(site, axes, kept, tokens, length)
 
 
 def cut_decode(
@@ -139,7 +144,7 @@ def cut_decode(
     after_inputs = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     with graph.inserting_before(after_inputs):
         length = emit.call(aten.sym_size.int, first, 2)
-        seen = emit.call(aten.sym_size.int, _mask_over_all(decode), 1)
+        seen = emit.call(aten.sym_size.int, _mask_over_all(decode), 1) if axes.frontier else None
     indices: dict[Any, fx.Node] = {}
     ragged = len(set(cut.visual)) > 1
     frontier: dict[fx.Node, fx.Node] = {}
@@ -211,15 +216,13 @@ def _mask_decode_fillers(mask: Tensor, kept: Tensor, slots: Tensor) -> Tensor:
     return _mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
 
 
-def _present(stage: Stage, slots: fx.Node, valid: fx.Node) -> list[fx.Node]:
-    if not stage.cuts:
-        return [slots, valid]
-    return [slots, valid, stage.output_node(stage.cuts[-1].kept)]
+def _modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
+    """Modality of the tokens still present; a filler counts as padding."""
+    present = modality.gather(1, kept.clamp(min=0))
+    return torch.where(kept >= 0, present, Modality.PADDING)
 
 
-def _finish(
-    site: CutSite, axes: TokenAxes, kept: fx.Node, modality: fx.Node, before: int, after: int
-) -> None:
+def _finish(site: CutSite, axes: TokenAxes, kept: fx.Node, before: Any, after: Any) -> None:
     stage, graph = site.stage, site.stage.graph
     name = f"kept_{site.match}"
     output = graph.output_node()
@@ -232,7 +235,6 @@ def _finish(
             (before, after),
             tuple(zip(site.visual, site.quotas, strict=True)),
             name,
-            modality.name,
             site.ctx.spec,
         ),
     )
@@ -257,7 +259,7 @@ def _is_mask(axes: TokenAxes, value: fx.Node) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user not in axes.dims or user in seen:
+            if (user not in axes.dims and user not in axes.ends) or user in seen:
                 continue
             seen.add(user)
             if user.target is aten.scaled_dot_product_attention.default:
@@ -279,7 +281,7 @@ def _mask_of(attention: fx.Node) -> Any:
 
 
 def _require_masks(axes: TokenAxes) -> None:
-    for node in axes.dims:
+    for node in (*axes.dims, *axes.ends):
         if node.target is aten.scaled_dot_product_attention.default and _mask_of(node) is None:
             raise UnsupportedOperatorError(
                 "samples keep different numbers of visual tokens, but this attention has no mask "
@@ -307,10 +309,6 @@ def _factor(size: Any) -> Factor:
 
 def _batch(batch: Any) -> Factor | None:
     return None if batch == 1 else _factor(batch)
-
-
-def _batch_dim(batch: Any) -> int | None:
-    return None if batch == 1 else 0
 
 
 def _latest(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:

@@ -1,0 +1,1 @@
+"""Exact clean-ups: what other passes leave behind, and what capture could not simplify."""

@@ -1,0 +1,323 @@
+"""``vlmopt.optimize``: a drop-in model whose language model runs as rewritten graphs.
+
+The result is a shallow twin of the user's Hugging Face model: same class, same weights, same
+``generate()``. Its decoder hands prompts with images to the rewritten prefill stage, and decoding
+steps go to the rewritten decode stage; everything else runs as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmopt import families
+from vlmopt.capture import capture, modality_of
+from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.pipeline.manager import Report, run_pipeline
+from vlmopt.program import Modality, Program, Role, Stage
+from vlmopt.runtime.cache import RaggedCache
+
+_log = logging.getLogger("vlmopt")
+
+BACKENDS = ("inductor", "eager")
+
+
+def optimize(
+    model: nn.Module, inputs: Any, passes: str, *, backend: str = "inductor"
+) -> Any:
+    """Capture ``model``, rewrite it by ``passes``, compile it.
+
+    Args:
+        model: a Hugging Face vision-language model, or any ``nn.Module``. It is not changed, and
+            shares its weights with the result.
+        inputs: example inputs, as for :func:`vlmopt.capture`. Prompts of other shapes work too:
+            each new shape is captured when it first appears.
+        passes: pipeline text.
+        backend: ``"inductor"``, or ``"eager"`` to run the rewritten graphs as they are.
+
+    Returns:
+        For a generative model, a model of the same class with ``forward`` and ``generate``; its
+        ``vlmopt`` attribute is an :class:`Engine` with the report and the rewritten program.
+        ``forward`` returns logits for the tokens that are left. For a plain module, a module with
+        the same ``forward``.
+
+    Raises:
+        OptionError: unknown backend.
+        VlmoptError: see :func:`vlmopt.capture` and :func:`~vlmopt.pipeline.manager.run_pipeline`.
+    """
+    if backend not in BACKENDS:
+        raise OptionError(
+            f"there is no backend {backend!r}", hint=f"choose one of {', '.join(BACKENDS)}"
+        )
+    program = capture(model, inputs)
+    report = run_pipeline(program, passes)
+    if "model" in program:
+        return OptimizedModule(program, report, backend)
+    engine = Engine(model, passes, backend)
+    engine.add(_Key.of(program["language_model"]), program, report)
+    return engine.twin
+
+
+class OptimizedModule(nn.Module):
+    """A captured plain module, rewritten and compiled; takes and returns what it was traced with."""
+
+    def __init__(self, program: Program, report: Report, backend: str) -> None:
+        super().__init__()
+        self.program = program
+        self.report = report
+        self._run = compile_stage(program["model"], backend)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ports = self.program["model"].inputs
+        named = dict(zip((port.name for port in ports), args, strict=False)) | kwargs
+        results = self._run(*(named[port.name] for port in ports))
+        return results[0] if len(results) == 1 else results
+
+
+def compile_stage(stage: Stage, backend: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A stage as a function of its inputs, in order."""
+    if backend == "eager":
+        return stage.graph_module
+    return torch.compile(stage.graph_module, dynamic=stage.name == "decode")
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a specialised prefill graph is good for."""
+
+    batch: int
+    tokens: int
+    visual: tuple[int, ...]
+    padded: bool
+
+    @classmethod
+    def of(cls, stage: Stage) -> _Key:
+        facts = stage.facts
+        return cls(
+            facts["batch"],
+            facts["tokens"],
+            tuple(facts["visual_tokens"]),
+            any(facts["padding_tokens"]),
+        )
+
+
+class Specialisation:
+    """Compiled prefill and decode stages for one shape of prompts."""
+
+    def __init__(self, program: Program, report: Report, backend: str) -> None:
+        self.program = program
+        self.report = report
+        self.prefill_stage = program["language_model"]
+        self.decode_stage = program["decode"]
+        self._prefill = compile_stage(self.prefill_stage, backend)
+        self._decode = compile_stage(self.decode_stage, backend)
+
+    def prefill(self, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, RaggedCache]:
+        """Hidden states of the tokens that are left, and the cache to continue from."""
+        stage = self.prefill_stage
+        results = self._prefill(*_arguments(stage, values))
+        by_role = {role: [] for role in (Role.HIDDEN_STATES, Role.KEY, Role.VALUE)}
+        kept: dict[str, torch.Tensor] = {}
+        for port, value in zip(stage.outputs, results, strict=True):
+            if port.role is Role.KEPT:
+                kept[f"{port.name}_slots"] = value
+            elif port.role in by_role:
+                by_role[port.role].append(value)
+        cache = RaggedCache(kept, stage.facts["tokens"], self)
+        for layer, pair in enumerate(zip(by_role[Role.KEY], by_role[Role.VALUE], strict=True)):
+            cache.update(*pair, layer)
+        return by_role[Role.HIDDEN_STATES][0], cache
+
+    def decode(self, values: Mapping[str, Any], cache: RaggedCache) -> torch.Tensor:
+        """Logits of one more token; ``cache`` grows by it."""
+        stage = self.decode_stage
+        past = {
+            port.name: getattr(cache.layers[port.layer], _FIELDS[port.role])
+            for port in stage.inputs
+            if port.role in _FIELDS and port.layer is not None
+        }
+        results = self._decode(*_arguments(stage, {**values, **past, **cache.kept}))
+        logits: torch.Tensor | None = None
+        for port, value in zip(stage.outputs, results, strict=True):
+            if port.role in _FIELDS and port.layer is not None:
+                setattr(cache.layers[port.layer], _FIELDS[port.role], value)
+            elif port.role is Role.LOGITS:
+                logits = value
+        cache.seen += 1
+        assert logits is not None, "the decode stage of a generative model has logits"
+        return logits
+
+
+_FIELDS = {Role.KEY: "keys", Role.VALUE: "values"}
+
+
+def _arguments(stage: Stage, values: Mapping[str, Any]) -> list[torch.Tensor]:
+    missing = [port.name for port in stage.inputs if values.get(port.name) is None]
+    if missing:
+        raise PreconditionError(
+            f"stage {stage.name} needs {', '.join(missing)}",
+            hint="call the model with the inputs that its processor returns",
+        )
+    return [values[port.name] for port in stage.inputs]
+
+
+class Engine:
+    """Specialisations of one model, made when a prompt of a new shape appears.
+
+    Attributes:
+        twin: the drop-in model.
+        passes: pipeline text.
+        specialisations: by shape of the prompt.
+    """
+
+    def __init__(self, model: Any, passes: str, backend: str) -> None:
+        self.model = model
+        self.passes = passes
+        self.backend = backend
+        self.specialisations: dict[_Key, Specialisation] = {}
+        self._prompt: tuple[torch.Tensor, dict[str, Any]] | None = None
+        self.twin = _twin(model, model.get_decoder(), _Prefill(self, model.get_decoder()))
+        self.twin.vlmopt = self
+        self.twin.forward = functools.wraps(model.forward)(self._forward)
+
+    @property
+    def program(self) -> Program:
+        """The rewritten program of the latest shape."""
+        return list(self.specialisations.values())[-1].program
+
+    @property
+    def report(self) -> Report:
+        """What the pipeline did to the latest shape."""
+        return list(self.specialisations.values())[-1].report
+
+    def add(self, key: _Key, program: Program, report: Report) -> Specialisation:
+        made = Specialisation(program, report, self.backend)
+        self.specialisations[key] = made
+        return made
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``forward`` of the twin: a decoding step, or a prompt through the original's code."""
+        cache = kwargs.get("past_key_values")
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(cache, RaggedCache):
+            return self._step(ids, cache, kwargs)
+        if kwargs.get("labels") is not None:
+            raise PreconditionError(
+                "an optimized model returns logits for the tokens left, which labels do not match",
+                hint="train through torch.compile(model, backend='vlmopt'), which drops the labels "
+                "of dropped tokens too",
+            )
+        original = type(self.model).forward
+        if ids is None:
+            return original(self.twin, *args, **kwargs)
+        visual = families.visual_token_ids(self.model.config)
+        modality = modality_of(ids, kwargs.get("attention_mask"), visual)
+        named = {**kwargs, "input_ids": ids}
+        self._prompt = (modality, named)
+        try:
+            return original(self.twin, *args, **kwargs)
+        finally:
+            self._prompt = None
+
+    def _step(self, ids: torch.Tensor, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        if ids is None or ids.shape[1] != 1:
+            raise PreconditionError(
+                "after a prompt with dropped tokens only one token at a time can be decoded",
+                hint="start a new prompt without past_key_values",
+            )
+        values = {**kwargs, "input_ids": ids}
+        if values.get("attention_mask") is None:
+            values["attention_mask"] = torch.ones(
+                ids.shape[0], cache.seen + 1, dtype=torch.int64, device=ids.device
+            )
+        logits = cache.made_by.decode(values, cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+    def prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
+        """Run a prompt on the rewritten stage; ``None`` when it holds no visual tokens."""
+        if self._prompt is None:
+            return None
+        modality, inputs = self._prompt
+        visual = tuple(int(n) for n in (modality == Modality.VISION).sum(1))
+        past = kwargs.get("past_key_values")
+        if not any(visual) or (past is not None and past.get_seq_length() > 0):
+            return None
+        padded = bool((modality == Modality.PADDING).any())
+        key = _Key(*modality.shape, visual, padded)
+        specialisation = self.specialisations.get(key)
+        if specialisation is None:
+            _log.info("capturing prompts of shape %s", key)
+            program = capture(self.model, _generate_inputs(inputs))
+            specialisation = self.add(key, program, run_pipeline(program, self.passes))
+        values = dict(_leaves(kwargs)) | {"modality": modality}
+        return specialisation.prefill(values)
+
+
+class _Prefill(nn.Module):
+    """Stands where the decoder was."""
+
+    def __init__(self, engine: Engine, decoder: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "engine", engine)  # not a child: the engine holds the model
+        object.__setattr__(self, "decoder", decoder)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "decoder"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        result = self.engine.prefill(kwargs) if not args else None
+        if result is None:
+            return self.decoder(*args, **kwargs)
+        hidden, cache = result
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def _generate_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What ``generate()`` would be called with, from what ``forward()`` was."""
+    skip = {*families.OUTPUT_FLAGS, "past_key_values", "position_ids", "cache_position", "labels"}
+    return {
+        key: value
+        for key, value in inputs.items()
+        if key not in skip and isinstance(value, torch.Tensor)
+    }
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors among keyword arguments, named as the tracer names its inputs."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}_")
+        elif isinstance(value, (list, tuple)):
+            yield from _leaves({str(i): item for i, item in enumerate(value)}, f"{name}_")
+
+
+def _twin(model: Any, inner: nn.Module, replacement: nn.Module) -> Any:
+    """A shallow copy of ``model`` with ``inner`` replaced; ``model`` itself stays as it is."""
+    path = next(name for name, module in model.named_modules() if module is inner)
+    twin = copy.copy(model)
+    module = twin
+    *parents, leaf = path.split(".")
+    module._modules = dict(module._modules)
+    for name in parents:
+        module._modules[name] = copy.copy(module._modules[name])
+        module = module._modules[name]
+        module._modules = dict(module._modules)
+    module._modules[leaf] = replacement
+    return twin
