@@ -39,7 +39,7 @@ class V2Drop(TokenDrop):
     )
 
     @staticmethod
-    def score(hidden: Tensor, previous_hidden: Tensor) -> Tensor:
+    def score(hidden: Tensor, previous_hidden: Tensor) -> Tensor:  # type: ignore[override]
         """L2 norm of a layer's update.
 
         Args:

@@ -116,5 +116,5 @@ def test_installed_packages_add_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_packages_cannot_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, v2drop="their_package:Mine")
-    with pytest.raises(ValueError, match="two packages register a pass called v2drop: .*Mine"):
+    with pytest.raises(ValueError, match=r"two packages register a pass called v2drop: .*Mine"):
         known_passes()

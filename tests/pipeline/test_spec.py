@@ -125,9 +125,7 @@ def test_texts_are_printed_in_one_way(text: str, printed: str) -> None:
     assert format_pipeline(parse_pipeline(text)) == printed
 
 
-_COMMA = (
-    "\n  try: write {a=1 b=2}; a comma separates the items of a list, as in {a=1,2}"
-)
+_COMMA = "\n  try: write {a=1 b=2}; a comma separates the items of a list, as in {a=1,2}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ _COMMA = (
         ("a{x=1,}", "expected a value\n  a{x=1,}\n        ^"),
         ("a{x=1, 2}", "expected no space within a list\n  a{x=1, 2}\n        ^"),
         ('a{x="1}', 'this quote is never closed\n  a{x="1}\n      ^'),
-        ('a{x="\\q"}', "this escape is none of JSON's\n  a{x=\"\\q\"}\n       ^"),
+        ('a{x="\\q"}', 'this escape is none of JSON\'s\n  a{x="\\q"}\n       ^'),
         ('a{x="1"y}', 'expected a space before the next option\n  a{x="1"y}\n         ^'),
         ("a |\nb c", "expected | before the next pass\n  b c\n    ^"),
         *(

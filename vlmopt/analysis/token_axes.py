@@ -83,8 +83,12 @@ def follow_tokens(
     *,
     tokens: Factor,
     batch: Factor | None,
+    absorb: bool = True,
 ) -> TokenAxes:
     """Follow token axes from ``starts`` (value -> its dimensions) to the end of ``graph``.
+
+    Args:
+        absorb: move the frontier up through views that only the region uses.
 
     Raises:
         UnsupportedOperatorError: a token axis reaches an operator that has no rule, or that mixes
@@ -100,7 +104,8 @@ def follow_tokens(
                 axes.dims[node] = dims
             else:
                 axes.ends.append(node)
-    _absorb_layout(axes, starts)
+    if absorb:
+        _absorb_layout(axes, starts)
     order = {node: index for index, node in enumerate(graph.nodes)}
     axes.dims = dict(sorted(axes.dims.items(), key=lambda item: order[item[0]]))
     axes.frontier = dict(sorted(axes.frontier.items(), key=lambda item: order[item[0]]))

@@ -109,7 +109,7 @@ class Emitter:
         module.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
         with self.fake_mode:
-            self._finish(node, self.fake_mode.from_tensor(tensor))
+            self._finish(node, self.fake_mode.from_tensor(tensor, static_shapes=True))
         return node
 
     def _unique(self, name: str) -> str:

@@ -127,7 +127,10 @@ def cut_decode(
             (int(shape[3]),),
         )
     past = first.meta["val"].shape[2]
-    axes = follow_tokens(graph, starts, tokens=_factor(past), batch=_batch(batch))
+    # a later cut moves some layers to other slots: each layer's own mask must stay in sight
+    axes = follow_tokens(
+        graph, starts, tokens=_factor(past), batch=_batch(batch), absorb=False
+    )
 
     prompt = decode.facts["tokens"]
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):

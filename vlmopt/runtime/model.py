@@ -185,7 +185,12 @@ class Engine:
         self._prompt: tuple[torch.Tensor, dict[str, Any]] | None = None
         self.twin = _twin(model, model.get_decoder(), _Prefill(self, model.get_decoder()))
         self.twin.vlmopt = self
-        self.twin.forward = functools.wraps(model.forward)(self._forward)
+
+        @functools.wraps(model.forward)  # generate() reads the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        self.twin.forward = forward
 
     @property
     def program(self) -> Program:
@@ -259,6 +264,11 @@ class Engine:
             program = capture(self.model, _generate_inputs(inputs))
             specialisation = self.add(key, program, run_pipeline(program, self.passes))
         values = dict(_leaves(kwargs)) | {"modality": modality}
+        if "attention_mask" not in values:
+            values["attention_mask"] = (modality != Modality.PADDING).long()
+        values["position_ids"] = _positions(
+            specialisation.prefill_stage, values.get("position_ids"), modality
+        )
         return specialisation.prefill(values)
 
 
@@ -284,6 +294,25 @@ class _Prefill(nn.Module):
             return self.decoder(*args, **kwargs)
         hidden, cache = result
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def _positions(
+    stage: Stage, positions: torch.Tensor | None, modality: torch.Tensor
+) -> torch.Tensor:
+    """Positions as the graph takes them, where a direct call of ``forward`` leaves some out.
+
+    A decoder counts from 0 when it gets none; ``generate()`` puts a row of plain text positions
+    before the three of M-RoPE.
+    """
+    ports = stage.find_inputs(Role.POSITION_IDS)
+    if positions is None:
+        return torch.arange(modality.shape[1], device=modality.device).expand(modality.shape)
+    if not ports or positions.ndim != 3:
+        return positions
+    if positions.shape[0] + 1 != stage.placeholder(ports[0]).meta["val"].shape[0]:
+        return positions
+    text = ((modality != Modality.PADDING).long().cumsum(-1) - 1).clamp(min=0)
+    return torch.cat([text[None], positions])
 
 
 def _generate_inputs(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""vlmopt: a compiler for efficient vision-language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmopt.capture import capture
+    from vlmopt.pipeline.manager import run_pipeline
+    from vlmopt.program import Program, Role
+    from vlmopt.runtime.model import optimize
+    from vlmopt.storage import load
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Program": "vlmopt.program",
+    "Role": "vlmopt.program",
+    "capture": "vlmopt.capture",
+    "load": "vlmopt.storage",
+    "optimize": "vlmopt.runtime.model",
+    "run_pipeline": "vlmopt.pipeline.manager",
+}
+
+__all__ = ["Program", "Role", "capture", "load", "optimize", "run_pipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names on first use: ``import vlmopt`` alone loads no torch."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'vlmopt' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
