@@ -231,8 +231,8 @@ def export_program(
         check: run every file in ONNX Runtime on random inputs and compare with eager. Slots of
             kept tokens, and all other integers, must be equal; floats within 1e-4 (float32) of the
             largest value, or of one where that is smaller.
-        translations: by ``OpOverload``, functions that write operators of your own with ONNX operators, as for
-            ``torch.onnx.export(custom_translation_table=...)``.
+        translations: by ``OpOverload``, functions that write operators of your own with those of
+            ONNX, as for ``torch.onnx.export(custom_translation_table=...)``.
 
     Raises:
         LoweringError: something cannot be exported, or runs differently; the message names the
@@ -712,11 +712,12 @@ def _random_mask(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _random_slots(stage: Stage, value: Tensor, generator: torch.Generator) -> Tensor:
-    """Kept slots: any ascending choice among those of the prompt."""
+    """Kept slots: any ascending choice among those of the prompt, with a few fillers."""
     count = value.shape[1]
     tokens = max(count, stage.facts.get("tokens", count))
     rows = [torch.randperm(tokens, generator=generator)[:count].sort().values for _ in value]
-    return torch.stack(rows).to(value.dtype)
+    fillers = torch.rand(value.shape, generator=generator) < 0.1
+    return torch.stack(rows).masked_fill(fillers, -1).to(value.dtype)
 
 
 # -- translations ------------------------------------------------------------------------------
@@ -753,6 +754,7 @@ def _stable_sort(
 def _masked_scatter(self: Any, mask: Any, source: Any) -> Any:
     """Each element under the mask takes the row of its rank; torch's own goes through NonZero."""
     from onnx import TensorProto
+
     op = _operators()
 
     shape = np.broadcast_shapes(tuple(map(int, self.shape)), tuple(map(int, mask.shape)))

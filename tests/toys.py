@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlmopt.capture import capture
+from vlmopt.tracing import capture
 from vlmopt.program import Program
 
 

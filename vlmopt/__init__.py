@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmopt.capture import capture
+    from vlmopt.tracing import capture
     from vlmopt.pipeline.manager import run_pipeline
     from vlmopt.program import Program, Role
     from vlmopt.runtime.model import optimize
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Program": "vlmopt.program",
     "Role": "vlmopt.program",
-    "capture": "vlmopt.capture",
+    "capture": "vlmopt.tracing",
     "load": "vlmopt.storage",
     "optimize": "vlmopt.runtime.model",
     "run_pipeline": "vlmopt.pipeline.manager",

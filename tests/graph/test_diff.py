@@ -8,7 +8,7 @@ from expecttest import assert_expected_inline
 from torch import fx
 
 from tests.toys import Decoder, decoder
-from vlmopt.capture import capture
+from vlmopt.tracing import capture
 from vlmopt.graph.diff import Matching, ProgramDiff, diff, ranges_text
 from vlmopt.graph.diff_text import Display, Heading, PassLine, diff_json, render
 from vlmopt.graph.snapshot import snapshot

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import zoo
-from vlmopt.capture import capture
+from vlmopt.tracing import capture
 from vlmopt.errors import ArtifactError, LoweringError
 from vlmopt.graph.compare import random_inputs
 from vlmopt.lowering.onnx import OnnxStage, export_program

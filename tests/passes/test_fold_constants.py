@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.toys import decoder
-from vlmopt.capture import capture
+from vlmopt.tracing import capture
 from vlmopt.graph.text import op_text
 from vlmopt.passes.cleanup.fold_constants import FoldConstants
 from vlmopt.pipeline.manager import PassRecord, run_pipeline

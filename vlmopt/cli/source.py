@@ -85,7 +85,7 @@ def _load_exported(path: Path) -> Program:
 
 def _capture_digits() -> Program:
     from vlmopt import digits
-    from vlmopt.capture import capture
+    from vlmopt.tracing import capture
 
     model, processor = digits.load_model()
     scene, question = digits.heldout_samples(1)[0]
@@ -95,7 +95,7 @@ def _capture_digits() -> Program:
 def _call_factory(source: str) -> Program:
     from torch import nn
 
-    from vlmopt.capture import capture
+    from vlmopt.tracing import capture
     from vlmopt.program import Program
 
     made = _find_factory(source)()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vlmopt import families
-from vlmopt.capture import capture, modality_of
+from vlmopt.tracing import capture, modality_of
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage

@@ -1,0 +1,1 @@
+"""Lowering: compiling and exporting rewritten programs."""
