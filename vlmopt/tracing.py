@@ -343,7 +343,7 @@ def _measure_past_by_mask(stage: Stage) -> None:
 
 def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: Any) -> Stage:
     """Read the meaning of inputs and outputs off their place in the pytrees of the call."""
-    args, kwargs = pytree.tree_unflatten(list(leaves), call_spec.in_spec)
+    _, kwargs = pytree.tree_unflatten(list(leaves), call_spec.in_spec)
     by_name: dict[str, Port] = {}
     for key, value in kwargs.items():
         for port in _ports(key, value, families.INPUT_ROLES.get(key, Role.OTHER)):

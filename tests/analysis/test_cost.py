@@ -137,8 +137,8 @@ def test_tokens_follow_the_cuts() -> None:
     assert tokens_per_layer(stage, range(4)) == {}
     stage.facts["tokens"] = 20
     stage.cuts = (
-        Cut(1, (20, 12), ((10, 2),), "kept_1", "m", "drop"),
-        Cut(3, (12, 11), ((2, 1),), "kept_2", "m", "drop"),
+        Cut(1, (20, 12), ((10, 2),), "kept_1", "drop"),
+        Cut(3, (12, 11), ((2, 1),), "kept_2", "drop"),
     )
     assert tokens_per_layer(stage, range(4)) == {0: 20, 1: 12, 2: 12, 3: 11}
 

@@ -67,7 +67,7 @@ def drop_tokens(program: Program, at: str, keep: int, *, match: int = 1) -> None
     output = stage.graph.output_node()
     output.args = ((*output.args[0], kept),)  # type: ignore[misc]
     stage.outputs = (*stage.outputs, Port(name, Role.KEPT))
-    cut = Cut(1, (before, keep), ((before - 2, keep - 2),), name, kept.name, ctx.spec)
+    cut = Cut(1, (before, keep), ((before - 2, keep - 2),), name, ctx.spec)
     stage.cuts = (*stage.cuts, cut)
     stage.graph_module.recompile()
 

@@ -155,11 +155,11 @@ def test_port_that_refers_to_no_list_of_kept_tokens(stage: Stage) -> None:
     )
 
 
-def test_cut_that_refers_to_no_node(stage: Stage) -> None:
+def test_cut_that_refers_to_no_port(stage: Stage) -> None:
     stage.outputs = (Port("output", Role.KEPT),)
-    stage.cuts = (Cut(1, (6, 4), ((4, 2),), "output", "gone", "drop"),)
+    stage.cuts = (Cut(1, (6, 4), ((4, 2),), "gone", "drop"),)
     assert violation(stage) == (
-        "kept: the cut at layer 1 of stage model refers to %gone, which is no node"
+        "kept: the cut at layer 1 of stage model refers to gone, which is no kept port"
     )
 
 

@@ -89,7 +89,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     register_pass("act", Act)
     register_pass("note", Annotate)
     monkeypatch.setattr(Act, "action", lambda program: PassResult(False, 0), raising=False)
-    for name in ("VLMOPT_VERIFY", "VLMOPT_DISABLE", "VLMOPT_DEBUG_DIR"):
+    for name in ("VLMOPT_VERIFY", "VLMOPT_DISABLE", "VLMOPT_DEBUG_DIR", "VLMOPT_PRINT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -153,17 +153,16 @@ def test_a_foreign_exception_is_wrapped_and_undone(
     before = text(program)
     with pytest.raises(PassFailed) as caught:
         run_pipeline(program, "note | act | act")
-    assert str(caught.value) == "note raised KeyError: 'lost'"
+    assert str(caught.value) == "note raised KeyError: 'lost'\n  in:  pass 1 of 3, note"
     assert isinstance(caught.value.__cause__, KeyError)
-    assert caught.value.__notes__ == ["pass 1 of 3: note; passes that ran before: none"]
     assert text(program) == before
     assert (program.passes, program.metadata.get("half")) == (("to-silu",), None)
 
 
-def test_own_errors_pass_through_with_a_note(
+def test_own_errors_pass_through_and_say_where(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = PreconditionError("no layers")
+    error = PreconditionError("no layers", hint="more layers")
 
     def fail(program: Program) -> None:
         raise error
@@ -172,7 +171,10 @@ def test_own_errors_pass_through_with_a_note(
     with pytest.raises(PreconditionError) as caught:
         run_pipeline(program, "to-silu{stamped=false} | act")
     assert caught.value is error
-    assert error.__notes__ == ["pass 2 of 2: act; passes that ran before: to-silu{stamped=false}"]
+    assert str(error) == (
+        "no layers\n  try: more layers\n  in:  pass 2 of 2, act, after to-silu{stamped=false}"
+    )
+    assert error.what == "no layers"
     assert program.passes == ("to-silu{stamped=false}",)  # what succeeded stays
 
 
@@ -194,7 +196,8 @@ def test_a_denied_change_is_found(program: Program) -> None:
     with pytest.raises(PassFailed) as caught:
         run_pipeline(program, "to-silu{lie}", verify="off")
     assert str(caught.value) == (
-        "to-silu{lie} reported that it changed nothing, but the graph of model differs"
+        "to-silu{lie} reported that it changed nothing, but the graph of model differs\n"
+        "  in:  pass 1 of 1, to-silu{lie}"
     )
     assert text(program) == before
 
@@ -203,7 +206,9 @@ def test_a_claimed_change_is_checked(program: Program, monkeypatch: pytest.Monke
     act(monkeypatch, lambda program: PassResult(changed=True, matches=1))
     with pytest.raises(PassFailed) as caught:
         run_pipeline(program, "act")
-    assert str(caught.value) == "act reported a change, but every graph is as before"
+    assert str(caught.value) == (
+        "act reported a change, but every graph is as before\n  in:  pass 1 of 1, act"
+    )
 
 
 def test_a_replaced_weight_is_a_change(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +226,7 @@ def test_the_result_must_be_one(program: Program, monkeypatch: pytest.MonkeyPatc
     act(monkeypatch, lambda program: None)
     with pytest.raises(PassFailed) as caught:
         run_pipeline(program, "act")
-    assert str(caught.value) == "act returned None, not a PassResult"
+    assert str(caught.value) == "act returned None, not a PassResult\n  in:  pass 1 of 1, act"
 
 
 def test_finding_nothing_is_an_error(program: Program) -> None:
@@ -229,9 +234,16 @@ def test_finding_nothing_is_an_error(program: Program) -> None:
         run_pipeline(program, "to-silu | to-silu")
     assert str(caught.value) == (
         "to-silu found nothing to rewrite\n"
-        "  try: take it out of the pipeline, or allow this with allow_no_match (--allow-no-match)"
+        "  try: take it out of the pipeline, or allow this with allow_no_match (--allow-no-match)\n"
+        "  in:  pass 2 of 2, to-silu, after to-silu"
     )
-    assert run_pipeline(program, "to-silu", allow_no_match=True).records[0].result.matches == 0
+    (record,) = run_pipeline(program, "to-silu", allow_no_match=True).records
+    assert (record.result.matches, record.result.remarks) == (
+        0,
+        (Remark("warning: found nothing to rewrite"),),
+    )
+    # a clean-up that finds nothing is nothing to remark on
+    assert run_pipeline(program, "act", allow_no_match=True).records[0].result.remarks == ()
 
 
 def test_order_violations_are_collected_before_anything_runs(program: Program) -> None:
@@ -251,7 +263,8 @@ def test_level_full_wants_stamps(program: Program) -> None:
         run_pipeline(program, "to-silu{stamped=false}", verify="full")
     assert str(caught.value) == (
         "provenance: %silu_default was added by to-silu but does not say so\n"
-        "  at:  %silu_default\n  try: call ctx.stamp for every new node"
+        "  at:  %silu_default\n  try: call ctx.stamp for every new node\n"
+        "  in:  pass 1 of 1, to-silu{stamped=false}"
     )
 
 
@@ -271,7 +284,7 @@ def test_a_broken_input_is_blamed_on_no_pass(program: Program) -> None:
     del next(iter(program["model"].graph.nodes)).meta["val"]
     with pytest.raises(VerifyError) as caught:
         run_pipeline(program, "to-silu")
-    assert caught.value.__notes__ == ["the program was so before any pass of this pipeline ran"]
+    assert str(caught.value).endswith("\n  in:  the program before any pass of this pipeline")
 
 
 def test_passes_can_be_disabled(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +295,8 @@ def test_passes_can_be_disabled(program: Program, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnknownPassError) as caught:
         run_pipeline(program, "act")
     assert str(caught.value) == (
-        "VLMOPT_DISABLE names to-sil, which no pass is called\n  try: vlmopt passes lists them"
+        "VLMOPT_DISABLE names to-sil, which no pass is called\n"
+        "  try: to-silu; vlmopt passes lists them"
     )
 
 
@@ -335,6 +349,35 @@ def test_the_debug_folder_holds_every_state(
         run_pipeline(program, "to-silu")
     failed = (root / "001" / "001-to-silu.txt").read_text()
     assert failed.startswith("# to-silu: failed\nNoMatchError: to-silu found nothing to rewrite\n")
+
+
+def test_states_are_printed_on_request(
+    captured: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(what: str) -> list[str]:
+        monkeypatch.setenv("VLMOPT_PRINT", what)
+        with pytest.raises(NoMatchError):
+            run_pipeline(captured.clone(), "note | to-silu | to-silu{lie}")
+        out, err = capsys.readouterr()
+        assert out == ""
+        return [line for line in err.splitlines() if line.startswith("#")]
+
+    start = "# input; passes so far: none"
+    changed, failed = ["# to-silu"], ["# to-silu{lie}: failed"]
+    assert printed("changed") == [start, *changed]
+    assert printed("all") == [start, "# note: unchanged", *changed, *failed]
+    assert printed("note") == [start, "# note: unchanged"]
+    assert printed("to-silu") == [
+        "# input; passes so far: note",
+        *changed,
+        "# input; passes so far: note | to-silu",
+        *failed,
+    ]
+    monkeypatch.setenv("VLMOPT_PRINT", "change")
+    with pytest.raises(
+        UnknownPassError, match="VLMOPT_PRINT names change, which no pass is called"
+    ):
+        run_pipeline(captured.clone(), "note")
 
 
 def test_the_uuid_follows_options_and_source(monkeypatch: pytest.MonkeyPatch) -> None:

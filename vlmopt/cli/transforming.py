@@ -29,8 +29,9 @@ def capture(out: Output, source: str) -> None:
     target = out.reserve() if out.path is not None else None
     program = load_program(source)
     if target is not None:
-        program.save(target)
-        out.progress(f"wrote {target}")
+        from vlmopt.storage import save
+
+        save(target)
     out.print(_program_text(program), _program_json(source, program))
 
 
@@ -88,8 +89,9 @@ def run(out: Output, program: str, pipeline: str, verify: str, allow_no_match: b
     loaded = load_program(program)
     done = pipelines.run(program, loaded, text, verify=verify, allow_no_match=allow_no_match)
     if target is not None:
-        done.program.save(target)
-        out.progress(f"wrote {target}")
+        from vlmopt.storage import save
+
+        save(target)
     shown = render(done.diff, done.heading, display=Display.SUMMARY)
     out.print(shown, diff_json(done.diff, done.heading), signed=True)
 

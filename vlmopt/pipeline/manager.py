@@ -5,11 +5,14 @@ Environment, read at each run:
 - ``VLMOPT_VERIFY``: default of ``verify``;
 - ``VLMOPT_DISABLE``: names of passes, separated by commas, that pipelines skip;
 - ``VLMOPT_DEBUG_DIR``: every run adds a numbered folder there, with the program as text after
-  each pass.
+  each pass;
+- ``VLMOPT_PRINT``: the same texts on stderr: ``all`` of them, those of passes that ``changed``
+  something, or what one pass, given by its name, got and made.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import json
@@ -34,7 +37,7 @@ from vlmopt.errors import (
 )
 from vlmopt.graph.text import argument_text, stage_text, value_text
 from vlmopt.graph.verify import LEVELS, Level, verify_program
-from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase
+from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Remark
 from vlmopt.pipeline.registry import known_passes
 from vlmopt.pipeline.spec import format_pipeline, parse_pipeline
 from vlmopt.program import Program, fetch_attr
@@ -99,7 +102,11 @@ class Report:
 
 
 class Observer(Protocol):
-    """Is told of each pass of a run. It may read the program, but not change it."""
+    """Is told of each pass of a run.
+
+    It may read the program, but not change it, and :class:`PassRecord` times are measured without
+    it. Printing and dumping are observers too.
+    """
 
     def before_pass(self, program: Program, one: Pass, index: int) -> None:
         """The pass is about to run."""
@@ -127,10 +134,12 @@ def run_pipeline(
         verify: what to check before the first pass and after each: ``off``, ``lint`` (structure)
             or ``full`` (also every type, and who made each node); ``VLMOPT_VERIFY``, or ``lint``,
             when left out.
-        allow_no_match: a pass that finds nothing to rewrite is no error.
+        allow_no_match: a pass that finds nothing to rewrite is no error, but leaves a remark.
+        observer: is told before and after each pass.
 
     Raises:
-        VlmoptError: of the pipeline's text, a pass, or verification, with a note naming the pass.
+        VlmoptError: of the pipeline's text, a pass, or verification; the message says in which
+            pass, and what ran before.
         PassFailed: a pass raised anything else, or misreported what it did.
     """
     passes = parse_pipeline(pipeline) if isinstance(pipeline, str) else tuple(pipeline)
@@ -140,6 +149,8 @@ def run_pipeline(
     _check_phases(passes)
     text, uuid = format_pipeline(passes), pipeline_uuid(passes)
     observers: list[Observer] = [observer] if observer is not None else []
+    if printer := _Printer.from_environment():
+        observers.append(printer)
     folder = _DebugFolder.from_environment(program, text, uuid)
     if folder is not None:
         observers.append(folder)
@@ -156,14 +167,14 @@ def run_pipeline(
             program.restore(snapshot)
             for watching in observers:
                 watching.failed(program, one, index, error)
-            note = _where(passes, index)
+            where = _where(passes, index)
             if isinstance(error, VlmoptError):
-                error.add_note(note)
+                _say_where(error, where)
                 raise
             if not isinstance(error, Exception):
                 raise  # an interrupt is nobody's fault
             failed = PassFailed(f"{one} raised {type(error).__name__}: {error}")
-            failed.add_note(note)
+            _say_where(failed, where)
             raise failed from error
         records.append(record)
         for watching in observers:
@@ -205,12 +216,19 @@ def _verify_level(verify: str | None) -> Level:
 
 def _disabled_passes() -> set[str]:
     names = {name.strip() for name in os.environ.get("VLMOPT_DISABLE", "").split(",")} - {""}
-    if unknown := sorted(names.difference(known_passes())):
-        raise UnknownPassError(
-            f"VLMOPT_DISABLE names {', '.join(unknown)}, which no pass is called",
-            hint="vlmopt passes lists them",
-        )
+    _check_names("VLMOPT_DISABLE", names)
     return names
+
+
+def _check_names(variable: str, names: set[str]) -> None:
+    known = known_passes()
+    if unknown := sorted(names.difference(known)):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = "vlmopt passes lists them"
+        raise UnknownPassError(
+            f"{variable} names {', '.join(unknown)}, which no pass is called",
+            hint=f"{near[0]}; {hint}" if near else hint,
+        )
 
 
 def _check_phases(passes: Sequence[Pass]) -> None:
@@ -235,7 +253,7 @@ def _verify_input(program: Program, level: Level) -> None:
     try:
         verify_program(program, level)
     except VerifyError as error:
-        error.add_note("the program was so before any pass of this pipeline ran")
+        _say_where(error, "the program before any pass of this pipeline")
         raise
 
 
@@ -265,6 +283,8 @@ def _run_pass(
             hint="take it out of the pipeline, or allow this with allow_no_match "
             "(--allow-no-match)",
         )
+    if result.matches == 0 and not one.zero_matches_ok:
+        result = replace(result, remarks=(*remarks, Remark("warning: found nothing to rewrite")))
 
     started = time.perf_counter()
     verify_program(program, level)
@@ -332,11 +352,69 @@ def _check_stamps(one: Pass, index: int, added: Sequence[fx.Node]) -> None:
 
 
 def _where(passes: Sequence[Pass], index: int) -> str:
-    ran = format_pipeline(passes[:index]) or "none"
-    return f"pass {index + 1} of {len(passes)}: {passes[index]}; passes that ran before: {ran}"
+    after = format_pipeline(passes[:index])
+    where = f"pass {index + 1} of {len(passes)}, {passes[index]}"
+    return f"{where}, after {after}" if after else where
 
 
-# -- debug folder ------------------------------------------------------------------------------
+def _say_where(error: VlmoptError, where: str) -> None:
+    """Add a line to the message, for those who print only that."""
+    error.args = (f"{error}\n  in:  {where}", *error.args[1:])
+
+
+# -- observers that the environment asks for -----------------------------------------------------
+
+
+def _input_lines(program: Program, uuid: str | None = None) -> list[str]:
+    header = [f"# input; passes so far: {' | '.join(program.passes) or 'none'}"]
+    if uuid is not None:
+        header.append(f"# pipeline {uuid}")
+    return [*header, "", *map(stage_text, program)]
+
+
+def _after_lines(program: Program, one: Pass, record: PassRecord) -> list[str]:
+    if not record.result.changed:
+        return [f"# {one}: unchanged"]
+    return [f"# {one}", "", *map(stage_text, program)]
+
+
+def _failed_lines(one: Pass, error: BaseException) -> list[str]:
+    return [f"# {one}: failed", f"{type(error).__name__}: {error}"]
+
+
+class _Printer:
+    """Observer that prints the program to stderr.
+
+    Args:
+        what: ``all``, ``changed``, or the name of a pass.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    @classmethod
+    def from_environment(cls) -> _Printer | None:
+        what = os.environ.get("VLMOPT_PRINT", "").strip()
+        if not what:
+            return None
+        if what not in ("all", "changed"):
+            _check_names("VLMOPT_PRINT", {what})
+        return cls(what)
+
+    def before_pass(self, program: Program, one: Pass, index: int) -> None:
+        if self.what == one.name or (index == 0 and self.what in ("all", "changed")):
+            self._print(_input_lines(program))
+
+    def after_pass(self, program: Program, one: Pass, index: int, record: PassRecord) -> None:
+        if self.what in ("all", one.name) or (self.what == "changed" and record.result.changed):
+            self._print(_after_lines(program, one, record))
+
+    def failed(self, program: Program, one: Pass, index: int, error: BaseException) -> None:
+        if self.what in ("all", one.name):
+            self._print(_failed_lines(one, error))
+
+    def _print(self, lines: Sequence[str]) -> None:
+        print(*lines, sep="\n", file=sys.stderr)  # noqa: T201 - asked for by the user
 
 
 class _DebugFolder:
@@ -352,24 +430,17 @@ class _DebugFolder:
             return None
         made = cls(_new_folder(Path(root)))
         made._write("pipeline.txt", [text])
-        before = " | ".join(program.passes) or "none"
-        header = [f"# input; passes so far: {before}", f"# pipeline {uuid}", ""]
-        made._write("000-input.txt", [*header, *map(stage_text, program)])
+        made._write("000-input.txt", _input_lines(program, uuid))
         return made
 
     def before_pass(self, program: Program, one: Pass, index: int) -> None:
         """Nothing: the state is that after the pass before."""
 
     def after_pass(self, program: Program, one: Pass, index: int, record: PassRecord) -> None:
-        header = f"# {one}"
-        if record.result.changed:
-            self._write(_file_name(one, index), [header, "", *map(stage_text, program)])
-        else:
-            self._write(_file_name(one, index), [f"{header}: unchanged"])
+        self._write(_file_name(one, index), _after_lines(program, one, record))
 
     def failed(self, program: Program, one: Pass, index: int, error: BaseException) -> None:
-        lines = [f"# {one}: failed", f"{type(error).__name__}: {error}"]
-        self._write(_file_name(one, index), lines)
+        self._write(_file_name(one, index), _failed_lines(one, error))
 
     def write_report(self, report: Report) -> None:
         self._write("report.json", [json.dumps(report.to_json(), indent=2)])

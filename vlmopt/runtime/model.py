@@ -123,7 +123,9 @@ class Specialisation:
         """Hidden states of the tokens that are left, and the cache to continue from."""
         stage = self.prefill_stage
         results = self._prefill(*_arguments(stage, values))
-        by_role = {role: [] for role in (Role.HIDDEN_STATES, Role.KEY, Role.VALUE)}
+        by_role: dict[Role, list[torch.Tensor]] = {
+            role: [] for role in (Role.HIDDEN_STATES, Role.KEY, Role.VALUE)
+        }
         kept: dict[str, torch.Tensor] = {}
         for port, value in zip(stage.outputs, results, strict=True):
             if port.role is Role.KEPT:
@@ -257,7 +259,7 @@ class Engine:
         if not any(visual) or (past is not None and past.get_seq_length() > 0):
             return None
         padded = bool((modality == Modality.PADDING).any())
-        key = _Key(*modality.shape, visual, padded)
+        key = _Key(modality.shape[0], modality.shape[1], visual, padded)
         specialisation = self.specialisations.get(key)
         if specialisation is None:
             _log.info("capturing prompts of shape %s", key)
