@@ -6,9 +6,10 @@
 #   $1: run, test or dev; each includes the one before
 #   $PYTHON: the interpreter to make .venv with
 ensure_environment() {
-    local extra=$1 python=.venv/bin/python target level
+    local extra=$1 python=.venv/bin/python base target level
     if [ ! -x "$python" ]; then
-        "$(find_python)" -m venv .venv
+        base=$(find_python)
+        "$base" -m venv .venv
     fi
     if cmp -s pyproject.toml ".venv/installed-$extra.toml"; then
         return
@@ -27,7 +28,9 @@ ensure_environment() {
 # Print the interpreter to use: $PYTHON, or the first one of 3.11 or newer.
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3.11 python3}; do
+    set -- python3.11 python3
+    [ -z "${PYTHON:-}" ] || set -- "$PYTHON"
+    for candidate; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return

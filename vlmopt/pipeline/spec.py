@@ -2,8 +2,8 @@
 
 Passes are separated by ``|``, the options of a pass by spaces, the items of a list by commas. An
 option without ``=`` is a flag that is set; ``key=`` is an empty list. A text is quoted, as in
-JSON, only where it is empty or holds a space or one of ``{}|,="\\'``. Printing a pass leaves out
-the options that equal their default, and parsing what was printed gives an equal pass.
+JSON, only where it is empty or holds a space, a backslash, or one of ``{}|,="'``. Printing a pass
+leaves out the options that equal their default, and parsing what was printed gives an equal pass.
 """
 
 from __future__ import annotations

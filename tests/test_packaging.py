@@ -1,0 +1,143 @@
+"""Packaging: what is installed is what is on disk, under one name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    "vlmopt": ROOT / "vlmopt",
+    "vlmopt.passes": ROOT / "passes",
+    "vlmopt.lowering": ROOT / "lowering",
+}
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def packages_on_disk() -> set[str]:
+    """Folders with Python files below the three roots, as packages; links are not followed."""
+    found = set()
+    for package, folder in SOURCES.items():
+        for place, folders, files in os.walk(folder):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            if any(name.endswith(".py") for name in files):
+                found.add(".".join((package, *Path(place).relative_to(folder).parts)))
+    return found
+
+
+def test_the_package_list_is_complete(pyproject: dict[str, Any]) -> None:
+    listed = pyproject["tool"]["setuptools"]["packages"]
+    assert listed == sorted(packages_on_disk())
+    mapped = pyproject["tool"]["setuptools"]["package-dir"]
+    assert mapped == {name: folder.name for name, folder in SOURCES.items()}
+
+
+def test_every_package_has_an_init() -> None:
+    folders = {SOURCES.get(name, ROOT.joinpath(*name.split("."))) for name in packages_on_disk()}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+@pytest.mark.parametrize("name", ["passes", "lowering"])
+def test_the_links_are_relative(name: str) -> None:
+    link = ROOT / "vlmopt" / name
+    if not link.is_symlink() and link.is_file():
+        pytest.skip("this checkout has text files in the place of links")
+    assert link.readlink() == Path("..", name)
+
+
+def test_entry_points_lead_somewhere(pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    assert set(project["entry-points"]) == {"torch_dynamo_backends"}
+    for target in (
+        *project["scripts"].values(),
+        *project["entry-points"]["torch_dynamo_backends"].values(),
+    ):
+        module, _, attribute = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), attribute)), target
+
+
+def test_what_is_imported_is_declared(pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    requirements = project["dependencies"] + [
+        requirement
+        for extra in ("diffusers", "openvino", "triton")
+        for requirement in project["optional-dependencies"][extra]
+    ]
+    declared = {re.split(r"[^A-Za-z0-9-]", text)[0].lower() for text in requirements}
+    distributions = packages_distributions()
+    undeclared = {
+        name
+        for name in imported_modules() - sys.stdlib_module_names - {"vlmopt"}
+        if declared.isdisjoint(map(str.lower, [name, *distributions.get(name, [])]))
+    }
+    assert undeclared == set()
+
+
+def imported_modules() -> set[str]:
+    """First parts of the names of all modules that vlmopt imports, anywhere in its code."""
+    names = set()
+    for path in {path for folder in SOURCES.values() for path in folder.rglob("*.py")}:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", ["passes", "lowering"])
+def test_there_is_no_second_copy(name: str) -> None:
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module(name)
+    assert str(caught.value) == f"import vlmopt.{name}, not {name}"
+
+
+def test_importing_vlmopt_loads_no_torch() -> None:
+    code = "import sys, vlmopt; print(vlmopt.__version__, 'torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "0.1.0 False\n"
+
+
+def test_the_version_is_the_one_of_the_package(pyproject: dict[str, Any]) -> None:
+    assert pyproject["project"]["version"] == importlib.import_module("vlmopt").__version__
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the tools are bash scripts")
+@pytest.mark.parametrize("tool", ["demo", "test"])
+def test_an_old_interpreter_is_refused(tool: str, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout with spaces"
+    (checkout / "tools").mkdir(parents=True)
+    for name in (tool, "environment.sh"):
+        (checkout / "tools" / name).write_bytes((ROOT / "tools" / name).read_bytes())
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")  # what the check of the version gives
+    old.chmod(0o755)
+    run = subprocess.run(
+        ["bash", str(checkout / "tools" / tool)],
+        env={**os.environ, "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr == (
+        f"vlmopt needs Python 3.11 or newer, which {old} is not.\n"
+        "Set PYTHON to the interpreter to use, such as PYTHON=/usr/bin/python3.12.\n"
+    )
+    assert not (checkout / ".venv").exists()
