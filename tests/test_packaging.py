@@ -28,14 +28,15 @@ def pyproject() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def packages_on_disk() -> set[str]:
-    """Folders with Python files below the three roots, as packages; links are not followed."""
-    found = set()
+def packages_on_disk() -> dict[str, Path]:
+    """Packages and their folders: those with Python files; links are not followed."""
+    found = {}
     for package, folder in SOURCES.items():
         for place, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if name != "__pycache__"]
             if any(name.endswith(".py") for name in files):
-                found.add(".".join((package, *Path(place).relative_to(folder).parts)))
+                name = ".".join((package, *Path(place).relative_to(folder).parts))
+                found[name] = Path(place)
     return found
 
 
@@ -47,8 +48,8 @@ def test_the_package_list_is_complete(pyproject: dict[str, Any]) -> None:
 
 
 def test_every_package_has_an_init() -> None:
-    folders = {SOURCES.get(name, ROOT.joinpath(*name.split("."))) for name in packages_on_disk()}
-    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    found = packages_on_disk()
+    assert [name for name in found if not (found[name] / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("name", ["passes", "lowering"])

@@ -151,7 +151,9 @@ def _fake_components(
     from transformers.exporters.utils import _capture_forward, _find_multimodal_submodules
 
     fake = {
-        key: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+        key: mode.from_tensor(value, static_shapes=True)
+        if isinstance(value, torch.Tensor)
+        else value
         for key, value in inputs.items()
     }
     parts = _find_multimodal_submodules(model)

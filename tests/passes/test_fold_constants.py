@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.toys import decoder
-from vlmopt.tracing import capture
 from vlmopt.graph.text import op_text
 from vlmopt.passes.cleanup.fold_constants import FoldConstants
 from vlmopt.pipeline.manager import PassRecord, run_pipeline
 from vlmopt.program import Program
+from vlmopt.tracing import capture
 
 
 class Apply(nn.Module):
