@@ -7,22 +7,25 @@ differentiates it too. Every other graph goes to Inductor as it came.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    dispatch_functionalize,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
 
-from vlmopt.analysis.modality import TokenModality
+from vlmopt.analysis.layers import layer_of
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.graph.canonical import simplify
 from vlmopt.pipeline.manager import run_pipeline
@@ -79,7 +82,7 @@ class _Options:
     def read(cls, options: Mapping[str, Any], mode: str | None) -> _Options:
         from torch._inductor import config, list_mode_options
 
-        known = config.shallow_copy_dict()
+        known = config.get_config_copy()
         rest = dict(list_mode_options(mode)) if mode and mode != "default" else {}
         for key, value in options.items():
             if key in ("passes", "lowering"):
@@ -138,128 +141,356 @@ def _rewritten(gm: fx.GraphModule, pipeline: str) -> fx.GraphModule | None:
     found = find_visual_tokens(canonical.graph)
     if found is None:
         return None
-    if not _feeds_attention(found.anchor):
+    if not _enters_layers(found.anchor):
         _warn_of_graph_breaks()
         return None
-    outputs = canonical.graph.output_node().args[0]
+    if any(isinstance(size, torch.SymInt) for size in (found.batch, found.tokens, found.count)):
+        # counts become part of the graph; each conversion adds a guard, so others recompile
+        int(found.batch), int(found.tokens), int(found.count)
+        canonical = canonical_dynamo_graph(gm)
+        found = find_visual_tokens(canonical.graph)
+        assert found is not None, "the same graph shows the same tokens"
+    results = canonical.graph.output_node().args[0]
     stage = _stage(canonical, found)
-    tensors = len(stage.outputs)
-    _drop_marks(stage)
+    kept = len(stage.outputs)
     report = run_pipeline(Program({stage.name: stage}, model_type="torch.compile"), pipeline)
-    log.debug("pipeline %s: %d passes on a graph of %d tokens", report.pipeline, len(report.records),
-              stage.facts["tokens"])
-    if len(stage.facts["visual_tokens"]) > 1 and any(r.result.changed for r in report.records):
-        _assert_equal_counts(stage)
-    # what passes added to the outputs is for the runtime, which has no part in this program
-    values = iter(stage.graph.output_node().args[0][:tensors])  # type: ignore[index]
-    stage.graph.output_node().args = (
-        tuple(next(values) if isinstance(value, fx.Node) else value for value in outputs),  # type: ignore[union-attr]
+    log.debug(
+        "%s on a graph with %s visual tokens: %s",
+        report.pipeline,
+        stage.facts["visual_tokens"],
+        [dict(record.result.statistics) for record in report.records],
     )
-    stage.graph.eliminate_dead_code()
+    graph = stage.graph
+    # what passes added to the outputs is for vlmopt's runtime, which has no part in this program
+    values = iter(graph.output_node().args[0][:kept])  # type: ignore[index]
+    graph.output_node().args = (
+        tuple(next(values) if isinstance(value, fx.Node) else value for value in results),  # type: ignore[union-attr]
+    )
+    if stage.cuts and len(stage.facts["visual_tokens"]) > 1:
+        _assert_equal_counts(stage)
+    graph.eliminate_dead_code()
+    graph.lint()
     stage.graph_module.recompile()
     return stage.graph_module
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Where a graph holds the embeddings of text and vision together.
+
+    Attributes:
+        anchor: the embeddings, ``[batch, tokens, width]``.
+        mask: bool, which of them come from vision; ``[batch, tokens]``, or with a last dimension
+            along which it is constant.
+        total: visual tokens of all samples.
+    """
+
+    anchor: fx.Node
+    masks: tuple[fx.Node, ...]
+    total: Any
+
+    @property
+    def batch(self) -> Any:
+        return self.anchor.meta["val"].shape[0]
+
+    @property
+    def tokens(self) -> Any:
+        return self.anchor.meta["val"].shape[1]
+
+    @property
+    def count(self) -> Any:
+        """Visual tokens per sample."""
+        return self.total // self.batch
+
+
+def find_visual_tokens(graph: fx.Graph) -> VisualTokens | None:
+    """The place where rows of features are written into embeddings, told by structure alone."""
+    writes = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            write = _write_of(node)
+            if write is not None:
+                writes[node] = write
+    for anchor in reversed(list(writes)):
+        if anchor.target is _mark_operator() or not any(w in writes for w in anchor.users):
+            break
+    else:
+        return None
+    masks, total = [], 0
+    node: Any = anchor
+    while node in writes:  # images, then videos, into the same embeddings
+        mask, rows = writes[node]
+        masks.append(mask)
+        total = total + rows
+        if node.target is _mark_operator():
+            break
+        node = _through_copies(node.args[0])
+    return VisualTokens(anchor, tuple(masks), total)
+
+
+def _write_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
+    """``(mask, number of rows)`` if ``node`` writes rows into ``[batch, tokens, width]``."""
+    if node.target is _mark_operator():
+        return node.args[1], node.args[2]  # type: ignore[return-value]
+    if node.target is aten.masked_scatter.default:
+        base, mask, source = node.args
+    elif node.target is aten.index_put.default and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        base, (mask,), source = node.args[:3]  # type: ignore[misc]
+    else:
+        return None
+    nodes = (base, mask, source)
+    if not all(isinstance(value, fx.Node) for value in nodes):
+        return None
+    embeds, where, rows = (value.meta["val"] for value in nodes)  # type: ignore[union-attr]
+    if embeds.ndim != 3 or not embeds.is_floating_point() or where.dtype != torch.bool:
+        return None
+    if node.target is aten.index_put.default:
+        if where.ndim != 2 or rows.ndim != 2:
+            return None
+    elif where.ndim != 3 or not (where.shape[2] == 1 or where.stride(2) == 0):
+        return None  # single elements are written, not whole rows
+    return mask, rows.numel() // embeds.shape[2]  # type: ignore[return-value]
+
+
+def _through_copies(value: Any) -> Any:
+    while isinstance(value, fx.Node) and value.target in (
+        aten.clone.default,
+        aten.alias.default,
+        aten._to_copy.default,
+        aten.to.dtype,
+    ):
+        value = value.args[0]
+    return value
+
+
+def _mark_operator() -> Any:
+    from vlmopt.annotate import mark_tokens_operator
+
+    return mark_tokens_operator()
+
+
+def _enters_layers(anchor: fx.Node) -> bool:
+    """Whether repeated blocks follow in the same graph."""
+    seen, stack = {anchor}, [anchor]
+    while stack:
+        for user in stack.pop().users:
+            if user.target is aten.linear.default and layer_of(user) is not None:
+                return True
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+_warned = False
+
+
+def _warn_of_graph_breaks() -> None:
+    global _warned
+    message = (
+        "vlmopt: a graph break separates the visual tokens from the decoder of this model, so "
+        "that its passes do not apply; call vlmopt.annotate(model) before torch.compile, or use "
+        "vlmopt.optimize(model, inputs, passes)"
+    )
+    log.debug(message)
+    if not _warned:
+        _warned = True
+        warnings.warn(message, stacklevel=2)
+
+
+# -- the stage that passes see -----------------------------------------------------------------
+
+
+def _stage(module: fx.GraphModule, found: VisualTokens) -> Stage:
+    """The graph as a stage, with the modality of its tokens computed inside."""
+    graph = module.graph
+    outputs = [value for value in graph.output_node().args[0] if isinstance(value, fx.Node)]  # type: ignore[union-attr]
+    graph.output_node().args = (tuple(outputs),)
+    stage = Stage(
+        "model",
+        module,
+        tuple(Port(node.name) for node in graph.find_nodes(op="placeholder")),
+        tuple(Port(f"output_{index}") for index in range(len(outputs))),
+    )
+    emit = Emitter(
+        graph,
+        stamp=lambda node: None,
+        place=found.anchor,
+        prefix="vlmopt",
+        fake_mode=stage.fake_mode(),
+    )
+
+    def read(*masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [mask[..., 0] if mask.ndim == 3 else mask for mask in masks]
+        visual = rows[0].expand(int(found.batch), -1)
+        for more in rows[1:]:
+            visual = visual | more
+        return visual, visual.to(torch.int64) * (Modality.VISION - Modality.TEXT) + Modality.TEXT
+
+    with graph.inserting_before(found.anchor):
+        visual, modality = emit.trace(read, *found.masks, names=("visual", "modality"))
+    anchor = found.anchor
+    for node in list(graph.nodes):
+        if node.target is _mark_operator():
+            if node is anchor:
+                anchor = node.args[0]
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    module.recompile()
+    batch = int(found.batch)
+    stage.facts = {
+        "visual_tokens": [int(found.count)] * batch,
+        "tokens": int(found.tokens),
+        "batch": batch,
+        "anchor": anchor.name,
+        "modality": modality.name,
+        "visual_mask": visual.name,
+    }
+    return stage
+
+
+def _assert_equal_counts(stage: Stage) -> None:
+    """The graph is made for one number of visual tokens per sample: check it at run time."""
+    graph, count = stage.graph, stage.facts["visual_tokens"][0]
+    mask = next(node for node in graph.nodes if node.name == stage.facts["visual_mask"])
+    emit = Emitter(
+        graph,
+        stamp=lambda node: None,
+        place=mask,
+        prefix="vlmopt",
+        fake_mode=stage.fake_mode(),
+    )
+    with graph.inserting_after(mask):
+        after = graph.call_function(aten.alias.default, (mask,))
+    with graph.inserting_before(after):
+        equal = emit.trace(lambda visual: (visual.sum(1) == count).all(), mask, names=("equal",))
+        emit.call(
+            aten._assert_async.msg,
+            equal,
+            f"vlmopt: samples of a batch must have equally many visual tokens ({count} here) when "
+            "torch.compile drops some; batch prompts with equal images, or use vlmopt.optimize",
+        )
+    graph.erase_node(after)
+
+
+# -- canonical form ----------------------------------------------------------------------------
 
 
 def canonical_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of Dynamo's as functional pre-dispatch ATen, with the same inputs and outputs.
 
-    Module paths and source lines survive. Sizes that Dynamo left open stay open, except those of
-    the values it passes as integers where the model asks for them.
+    Module paths and source lines survive; sizes that Dynamo left open stay open.
 
     Raises:
         PreconditionError: the graph writes into one of its inputs.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
-    inputs = [_example(node) for node in placeholders]
-    modes = [value.fake_mode for value in inputs if hasattr(value, "fake_mode")]
-    mode = modes[0] if modes else FakeTensorMode()
-    with mode, torch.no_grad():
-        inputs = [_settled(value) for value in inputs]
+    examples = [node.meta["example_value"] for node in placeholders]
+    mode = next(value.fake_mode for value in examples if isinstance(value, FakeTensor))
+    retrace = _Retrace(gm, keep_gradients_out=torch.is_grad_enabled())
     written: list[str] = []
 
     def run(*values: Any) -> Any:
-        result = _Retrace(gm).run(*values)
-        for node, value in zip(placeholders, values, strict=True):
-            if isinstance(value, torch.Tensor) and _was_written(value):
-                written.append(node.name)
+        result = retrace.run(*values)
+        written.extend(
+            node.name
+            for node, value in zip(placeholders, values, strict=True)
+            if isinstance(value, FunctionalTensor)
+            and torch._functionalize_has_data_mutation(value.elem)  # type: ignore[attr-defined]
+        )
         return result
 
     functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
-    # gradients are AOTAutograd's business, which differentiates the rewritten graph
-    with torch.no_grad(), preserve_node_meta(), mode, _unchanged_autocast():
-        traced = make_fx(functional, pre_dispatch=True)(*inputs)
+    # gradients are left to AOTAutograd, which differentiates the rewritten graph
+    with torch.no_grad(), mode, preserve_node_meta():
+        inputs = [_settled(value) for value in examples]
+        traced: fx.GraphModule = make_fx(functional, pre_dispatch=True)(*inputs)
     if written:
         raise PreconditionError(
-            f"the graph with the visual tokens writes into its input {written[0]}",
+            f"the graph that holds the visual tokens writes into its input {written[0]}",
             hint="call the model without a static cache, or use vlmopt.optimize",
         )
-    _finish_trace(gm, traced, placeholders)
+    for node, source, value in zip(
+        traced.graph.find_nodes(op="placeholder"), placeholders, inputs, strict=True
+    ):
+        # AOTAutograd reads off these which inputs are parameters
+        node.meta = {**source.meta, "val": value, **node.meta}
+        node._dynamo_source = getattr(source, "_dynamo_source", None)
+    _tidy(traced)
+    traced.meta.update(gm.meta)
     return traced
 
 
-def _finish_trace(
-    gm: fx.GraphModule, traced: fx.GraphModule, placeholders: Sequence[fx.Node]
-) -> None:
+def _settled(value: Any) -> Any:
+    """An input for the trace: open sizes that a guard has settled become plain integers."""
+    if isinstance(value, torch.SymInt):
+        return _settled_size(value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    if not any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride())):
+        return value
+    return torch.empty_strided(
+        [_settled_size(size) for size in value.shape],
+        [_settled_size(step) for step in value.stride()],
+        dtype=value.dtype,
+        device=value.device,
+    )
+
+
+def _settled_size(size: Any) -> Any:
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size)
+    return size
+
+
+def _tidy(traced: fx.GraphModule) -> None:
     graph = traced.graph
-    for node, source in zip(graph.find_nodes(op="placeholder"), placeholders, strict=True):
-        # AOTAutograd reads off these which inputs are parameters
-        node.meta = {**source.meta, **node.meta}
-        if hasattr(source, "_dynamo_source"):
-            node._dynamo_source = source._dynamo_source
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is operator.getitem:
-            continue
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-    output = graph.output_node()
-    values = output.args[0]
-    output.args = (tuple(values) if isinstance(values, (list, tuple)) else (values,),)
+    values = graph.output_node().args[0]
+    graph.output_node().args = (tuple(values) if isinstance(values, (list, tuple)) else (values,),)
     graph.set_codegen(fx.graph.CodeGen())
     simplify(graph)
-    traced.delete_all_unused_submodules()
     used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    for table in (traced._parameters, traced._buffers):
-        for name in [name for name in table if name not in used]:
-            del table[name]
-    for name in used:  # constants of the trace are plain attributes; weights of a stage are not
-        value = getattr(traced, name, None)
-        if isinstance(value, torch.Tensor) and name not in traced._buffers | traced._parameters:
+    for name, value in list(vars(traced).items()):  # constants of the trace
+        if isinstance(value, torch.Tensor):
             delattr(traced, name)
-            traced.register_buffer(name, value)
-    traced.meta = {**gm.meta, **traced.meta}
+            if name in used:
+                traced.register_buffer(name, value)
+    for table in (traced._parameters, traced._buffers):
+        for name in set(table) - used:
+            del table[name]
     traced.recompile()
 
 
 class _Retrace(fx.Interpreter):
-    """Runs Dynamo's graph with the modes that it switches, without recording the switches."""
+    """Runs Dynamo's graph; switches of autograd and autocast act, but are not recorded."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, *, keep_gradients_out: bool) -> None:
         super().__init__(gm)
-        self.fetch: dict[fx.Node, bool] = {}
         self.frozen: set[fx.Node] = set()
-        enabled = [torch.is_grad_enabled()]
-        self.track = _TRACK_GRADIENTS.get()
+        enabled = keep_gradients_out
         for node in gm.graph.nodes:
-            if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
-                enabled.append(bool(node.args[0]))
-            elif not enabled[-1]:
+            if node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            elif keep_gradients_out and not enabled:
                 self.frozen.add(node)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if self.track and n in self.frozen and n.op.startswith("call_"):
-            if any(user not in self.frozen for user in n.users):
-                # what a no_grad block computed must stay without gradient
-                with fx.traceback.set_current_meta(n):
-                    return torch.utils._pytree.tree_map_only(
-                        torch.Tensor, lambda value: aten.detach.default(value), result
-                    )
+        leaves = any(user not in self.frozen for user in n.users)
+        if n in self.frozen and n.op.startswith("call") and leaves:
+            # what a no_grad block computed must not pass gradients on
+            return pytree.tree_map_only(torch.Tensor, aten.detach.default, result)
         return result
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch._C._set_grad_enabled:
             return None
-        if target in (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast):
+        if target in (_enter_autocast, _exit_autocast):
             with torch._C.DisableTorchFunction():
                 return target(*args, **kwargs)
         return super().call_function(target, args, kwargs)
+
+
+_enter_autocast = torch.amp.autocast_mode._enter_autocast
+_exit_autocast = torch.amp.autocast_mode._exit_autocast

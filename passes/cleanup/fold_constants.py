@@ -58,9 +58,9 @@ class FoldConstants(Pass):
         for stage in program:
             dead_here = _remove_dead(stage)
             repeated_here = _merge_repeated(stage.graph)
-            constants = self._constants(stage)
+            constants, shown = self._constants(stage), _shown_to_caller(stage.graph)
             for match, (node, value) in enumerate(constants, start=folded + 1):
-                _replace(stage, node, value, ctx, match)
+                _replace(stage, node, value, ctx, match, copied=node in shown)
             if constants:
                 _remove_dead(stage)
             if dead_here or repeated_here or constants:
@@ -179,7 +179,7 @@ def _merge_repeated(graph: fx.Graph) -> int:
         Number of nodes removed.
     """
     first: dict[object, fx.Node] = {}
-    returned = set(graph.output_node().all_input_nodes)
+    shown = _shown_to_caller(graph)
     removed = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node.target):
@@ -190,20 +190,43 @@ def _merge_repeated(graph: fx.Graph) -> int:
         )
         kept = first.setdefault((node.target, str(spec), leaves), node)
         # a caller may write into one output, and must not find it in another
-        if kept is node or {kept, node} <= returned:
+        if kept is node or {kept, node} <= shown:
             continue
         node.replace_all_uses_with(kept)
         graph.erase_node(node)
-        if node in returned:
-            returned.add(kept)
+        if node in shown:
+            shown.add(kept)
         removed += 1
     return removed
 
 
+def _shown_to_caller(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose memory may be that of an output: the outputs, and what they are views of."""
+    shown: set[fx.Node] = set()
+    waiting = graph.output_node().all_input_nodes
+    while waiting:
+        node = waiting.pop()
+        if node not in shown:
+            shown.add(node)
+            if _is_view(node):
+                waiting += node.all_input_nodes
+    return shown
+
+
+def _is_view(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True  # an item of a result
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
 def _replace(
-    stage: Stage, node: fx.Node, value: torch.Tensor, ctx: PassContext, match: int
+    stage: Stage, node: fx.Node, value: torch.Tensor, ctx: PassContext, match: int, *, copied: bool
 ) -> None:
-    """Put a buffer with ``value`` in the place of ``node``, which is left unread."""
+    """Put a buffer with ``value`` in the place of ``node``, which is left unread.
+
+    Args:
+        copied: the caller may write into the value, so that each run needs a copy of its own.
+    """
     graph, mode = stage.graph, stage.fake_mode()
     names = (f"folded_constant_{number}" for number in count(1))
     name = next(name for name in names if not hasattr(stage.graph_module, name))
@@ -215,4 +238,9 @@ def _replace(
     }
     constant.meta["val"] = mode.from_tensor(value, static_shapes=True)
     ctx.stamp(constant, match)
+    if copied:
+        with graph.inserting_before(node):
+            copy = graph.call_function(aten.clone.default, (constant,))
+        copy.meta = dict(constant.meta)
+        constant = copy
     node.replace_all_uses_with(constant)

@@ -158,6 +158,30 @@ def test_two_outputs_stay_two_tensors() -> None:
     assert first.data_ptr() != second.data_ptr()
 
 
+def test_two_outputs_do_not_become_views_of_one_tensor() -> None:
+    program = captured(lambda x, w: ((x * w).t(), (x * w).unsqueeze(0)))
+    before = outputs(program)
+    assert not fold(program).result.changed
+    first, second = outputs(program)
+    first.zero_()
+    assert torch.equal(second, before[1])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(lambda value: value, id="itself"),
+        pytest.param(lambda value: value.expand(3, 4), id="a view that stays"),
+    ],
+)
+def test_a_caller_cannot_write_into_a_constant(shape: Callable[[Tensor], Tensor]) -> None:
+    program = captured(lambda x, w: (x * w, shape(torch.arange(4.0) * 2)))
+    before = outputs(program)[1].clone()
+    assert fold(program).result.statistics["constants"] == 1
+    outputs(program)[1][..., :1].select(0, 0).fill_(7)
+    assert torch.equal(outputs(program)[1], before)
+
+
 def test_dead_nodes_go_with_their_weights() -> None:
     program = captured(lambda x, w: x.relu())
     stage = program["model"]
