@@ -427,9 +427,10 @@ def _settled(value: Any) -> Any:
         return _settled_size(value)
     if not isinstance(value, torch.Tensor):
         return value
-    value = value.detach()
-    if not any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride())):
-        return value
+    sizes = (*value.shape, *value.stride())
+    if not any(_settled_size(size) is not size for size in sizes):
+        # a scalar that stands for a Python number must stay itself: it remembers its symbol
+        return value.detach() if value.requires_grad else value
     return torch.empty_strided(
         [_settled_size(size) for size in value.shape],
         [_settled_size(step) for step in value.stride()],

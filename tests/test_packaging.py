@@ -9,7 +9,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import (
+    PackageNotFoundError,
+    distribution,
+    packages_distributions,
+)
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,19 @@ def test_entry_points_lead_somewhere(pyproject: dict[str, Any]) -> None:
     ):
         module, _, attribute = target.partition(":")
         assert callable(getattr(importlib.import_module(module), attribute)), target
+
+
+def test_the_installed_entry_points_are_the_declared_ones(pyproject: dict[str, Any]) -> None:
+    try:
+        installed = distribution("vlmopt")
+    except PackageNotFoundError:
+        pytest.skip("vlmopt is not installed in this interpreter")
+    project = pyproject["project"]
+    wanted = {"console_scripts": project["scripts"], **project["entry-points"]}
+    found: dict[str, dict[str, str]] = {}
+    for point in installed.entry_points:
+        found.setdefault(point.group, {})[point.name] = point.value
+    assert found == wanted
 
 
 def test_what_is_imported_is_declared(pyproject: dict[str, Any]) -> None:
