@@ -1,8 +1,8 @@
 """Capture: from a model and example inputs to a :class:`~vlmopt.program.Program`.
 
 Hugging Face models are split and traced by ``transformers.exporters``; any other module by
-``torch.export``. Weights may be absent (parameters on the meta device): everything except running
-the program then works.
+``torch.export``. Weights may be absent (parameters on the meta device): the graphs are the same,
+and everything except running them works.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import logging
 import operator
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,11 +55,15 @@ def capture(
     training = model.training
     model.eval()
     try:
-        if _is_generative(model) and isinstance(inputs, Mapping):
-            return _capture_generative(model, dict(inputs))
-        return _capture_plain(model, inputs, roles or {})
+        with _fake_weights(model) as mode:
+            if _is_generative(model) and isinstance(inputs, Mapping):
+                program = _capture_generative(model, dict(inputs), mode)
+            else:
+                program = _capture_plain(model, inputs, roles or {})
     finally:
         model.train(training)
+    program.metadata["weights"] = mode is None
+    return program
 
 
 def modality_of(
@@ -82,10 +87,10 @@ def _is_generative(model: nn.Module) -> bool:
 # -- Hugging Face ------------------------------------------------------------------------------
 
 
-def _capture_generative(model: Any, inputs: dict[str, Any]) -> Program:
-    weightless = any(parameter.is_meta for parameter in model.parameters())
-    with _quiet(), _fake_weights(model) if weightless else contextlib.nullcontext() as mode:
-        components = _fake_components(model, inputs, mode) if mode else _components(model, inputs)
+def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode | None) -> Program:
+    with _quiet():
+        with _generating(model) if mode else contextlib.nullcontext():
+            components = _components(model, inputs)
         stages: dict[str, Stage] = {}
         facts = _prompt_facts(model, inputs)
         for component, (module, kwargs) in components.items():
@@ -102,7 +107,9 @@ def _capture_generative(model: Any, inputs: dict[str, Any]) -> Program:
         if "language_model" in stages and any(facts.get("visual_tokens", ())):
             _add_modality(stages["language_model"], facts)
     order = list(dict.fromkeys(families.STAGE_NAMES.values()))
-    ordered = sorted(stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1)
+    ordered = sorted(
+        stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1
+    )
     return Program(
         dict(ordered),
         model_type=model.config.model_type,
@@ -110,7 +117,6 @@ def _capture_generative(model: Any, inputs: dict[str, Any]) -> Program:
             "class": type(model).__name__,
             "visual_token_ids": list(families.visual_token_ids(model.config)),
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "weights": not weightless,
         },
     )
 
@@ -144,53 +150,27 @@ def _components(model: Any, inputs: dict[str, Any]) -> dict[str, tuple[nn.Module
     return components
 
 
-def _fake_components(
-    model: Any, inputs: dict[str, Any], mode: FakeTensorMode
-) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """As :func:`_components` for a model without weights: one forward pass on fake tensors."""
-    from transformers.exporters.utils import _capture_forward, _find_multimodal_submodules
+class _SharedFakeMode(FakeTensorMode):
+    """Copies of its tensors stay in this mode.
 
-    fake = {
-        key: mode.from_tensor(value, static_shapes=True)
-        if isinstance(value, torch.Tensor)
-        else value
-        for key, value in inputs.items()
-    }
-    parts = _find_multimodal_submodules(model)
-    if not parts:
-        raise CaptureError(
-            f"{type(model).__name__} has no weights and is no vision-language model that "
-            "transformers can take apart",
-            hint="load its weights, or capture its decoder as a plain module",
-        )
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_unchecked_placeholders(model))
-        calls = {name: stack.enter_context(_capture_forward(part)) for name, part in parts.items()}
-        stack.enter_context(mode)
-        model(**fake, use_cache=True)
-        components = {name: (part, calls[name][-1]) for name, part in parts.items() if calls[name]}
-        batch, length = inputs["input_ids"].shape
-        mask = torch.ones(batch, length + 1, dtype=torch.int64)
-        positions = components["language_model"][1].get("position_ids")
-        if positions is None:
-            positions = torch.arange(length).expand(batch, length)
-        components["decode"] = (
-            model,
-            {
-                "input_ids": torch.zeros(batch, 1, dtype=torch.int64),
-                "attention_mask": mask,
-                "position_ids": positions[..., -1:] + 1,
-                "past_key_values": None,
-            },
-        )
-    return components
+    transformers copies the inputs of each export; a copied mode would not match that of the
+    weights, and would free its weak references to storages a second time.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedFakeMode:
+        return self
 
 
 @contextlib.contextmanager
-def _fake_weights(model: nn.Module) -> Iterator[FakeTensorMode]:
-    """Stand-ins on the CPU for parameters and buffers of the meta device, for a while."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+def _fake_weights(model: nn.Module) -> Iterator[FakeTensorMode | None]:
+    """Stand-ins on the CPU for parameters and buffers of the meta device, for a while.
+
+    Yields their mode, or ``None`` when there are none.
+    """
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        yield None
+        return
+    mode = _SharedFakeMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     swapped: list[tuple[dict[str, Any], str, Any]] = []
     stand_ins: dict[int, Any] = {}
     for module in model.modules():
@@ -213,18 +193,28 @@ def _fake_weights(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 @contextlib.contextmanager
-def _unchecked_placeholders(model: nn.Module) -> Iterator[None]:
-    """Switch off the count of image placeholders, which needs the values of fake tensors."""
+def _generating(model: Any) -> Iterator[None]:
+    """Let a model with fake weights generate: decisions that need values are taken for it.
+
+    Its inputs are real, so that everything computed from them alone (masks, positions, grids) is.
+    """
+
+    def any_token(_: nn.Module, args: Any, output: Any) -> Any:
+        output.logits = torch.zeros(output.logits.shape)
+        return output
+
     namespace = vars(sys.modules[type(model).__module__])
-    name = "torch_compilable_check"
-    original = namespace.get(name)
+    check = "torch_compilable_check"  # compares the number of placeholders with that of features
+    original = namespace.get(check)
     if original is not None:
-        namespace[name] = lambda *args, **kwargs: None
+        namespace[check] = lambda *args, **kwargs: None
+    handle = model.register_forward_hook(any_token)
     try:
         yield
     finally:
+        handle.remove()
         if original is not None:
-            namespace[name] = original
+            namespace[check] = original
 
 
 def _with_full_cache(
@@ -246,7 +236,9 @@ def _with_full_cache(
     with mode or contextlib.nullcontext():
         for layer in sorted(keys):
             pair = [
-                torch.zeros(*val.shape[:2], val.shape[2] + _GENERATED, val.shape[3], dtype=val.dtype)
+                torch.zeros(
+                    *val.shape[:2], val.shape[2] + _GENERATED, val.shape[3], dtype=val.dtype
+                )
                 for val in (
                     prefill.output_node(keys[layer]).meta["val"],
                     prefill.output_node(values[layer]).meta["val"],
@@ -314,9 +306,7 @@ def _measure_past_by_mask(stage: Stage) -> None:
     """
     aten = torch.ops.aten
     caches = {
-        stage.placeholder(port)
-        for port in stage.inputs
-        if port.role in (Role.KEY, Role.VALUE)
+        stage.placeholder(port) for port in stage.inputs if port.role in (Role.KEY, Role.VALUE)
     }
     masks = [stage.placeholder(port) for port in stage.find_inputs(Role.ATTENTION_MASK)]
     sizes = [
@@ -476,7 +466,7 @@ def _capture_plain(model: nn.Module, inputs: Inputs, roles: Mapping[str, Role]) 
     return Program(
         {"model": stage},
         model_type=type(model).__name__,
-        metadata={"class": type(model).__name__, "dtype": dtype, "weights": True},
+        metadata={"class": type(model).__name__, "dtype": dtype},
     )
 
 
@@ -490,11 +480,14 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn about being experimental at every call; once is no news to our user."""
+    """Exporters warn of being experimental, and of copying fake tensors: no news to our user."""
     logger = logging.getLogger("transformers.exporters")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+            yield
     finally:
         logger.setLevel(level)
