@@ -311,14 +311,14 @@ def _require_free(out: Path, overwrite: bool) -> None:
 def _move(folder: Path, out: Path) -> None:
     """Put the finished ``folder`` at ``out``; what was there is removed only once it is."""
     if not out.exists():
-        os.replace(folder, out)
+        folder.replace(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    os.replace(out, old / out.name)
+    out.replace(old / out.name)
     try:
-        os.replace(folder, out)
+        folder.replace(out)
     except OSError:
-        os.replace(old / out.name, out)
+        (old / out.name).replace(out)
         raise
     finally:
         if out.exists():

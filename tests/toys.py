@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vlmopt.tracing import capture
 from vlmopt.program import Program
+from vlmopt.tracing import capture
 
 
 class Block(nn.Module):

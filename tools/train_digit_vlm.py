@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import shutil
 import sys
@@ -478,7 +477,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
     part = path.with_name(path.name + ".part")
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 class SceneSource:

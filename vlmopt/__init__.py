@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmopt.tracing import capture
     from vlmopt.pipeline.manager import run_pipeline
     from vlmopt.program import Program, Role
     from vlmopt.runtime.model import optimize
     from vlmopt.storage import load
+    from vlmopt.tracing import capture
 
 __version__ = "0.1.0"
 

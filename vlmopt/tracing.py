@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -231,20 +231,16 @@ def _with_full_cache(
     if prefill is None:
         return kwargs
     cache = DynamicCache()
-    keys = {port.layer: port for port in prefill.find_outputs(Role.KEY)}
-    values = {port.layer: port for port in prefill.find_outputs(Role.VALUE)}
+    keys = prefill.find_outputs(Role.KEY)
+    values = prefill.find_outputs(Role.VALUE)
     with mode or contextlib.nullcontext():
-        for layer in sorted(keys):
-            pair = [
-                torch.zeros(
-                    *val.shape[:2], val.shape[2] + _GENERATED, val.shape[3], dtype=val.dtype
-                )
-                for val in (
-                    prefill.output_node(keys[layer]).meta["val"],
-                    prefill.output_node(values[layer]).meta["val"],
-                )
-            ]
-            cache.update(pair[0], pair[1], layer)  # type: ignore[arg-type]
+        for layer, ports in enumerate(zip(keys, values, strict=True)):
+            filled: list[Any] = []
+            for port in ports:
+                like = prefill.output_node(port).meta["val"]
+                shape = (*like.shape[:2], like.shape[2] + _GENERATED, like.shape[3])
+                filled.append(torch.zeros(shape, dtype=like.dtype))
+            cache.update(*filled, layer)
         # generate() leaves it out where nothing is padded, but it is what counts the tokens seen
         seen = cache.get_seq_length() + 1
         mask = torch.ones(kwargs["input_ids"].shape[0], seen, dtype=torch.int64)
@@ -255,8 +251,8 @@ _GENERATED = 5
 
 
 def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage:
+    from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import (
-        DynamoConfig,
         DynamoExporter,
         register_cache_pytrees_for_model,
     )
@@ -269,9 +265,9 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
     config = DynamoConfig(
         dynamic=False, dynamic_shapes=_decode_shapes(kwargs) if name == "decode" else None
     )
-    flags = {key: constants[key] for key in ("use_cache", "return_dict") if key in constants}
+    kwargs |= {key: constants[key] for key in ("use_cache", "return_dict") if key in constants}
     try:
-        exported, metadata = DynamoExporter().export_program(module, {**kwargs, **flags}, config)  # type: ignore[arg-type]
+        exported, _ = DynamoExporter().export_program(module, kwargs, config)  # type: ignore[arg-type]
         graph_module, leaves = canonical_graph(exported)
     except VlmoptError:
         raise
@@ -280,10 +276,7 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
             f"stage {name} ({type(module).__name__}) cannot be traced: {_cause(error)}",
             hint="run with -v for the tracer's own message",
         ) from error
-    stage = _stage(name, graph_module, leaves, exported.call_spec)
-    stage.facts["in_spec"] = metadata.in_spec
-    stage.facts["out_spec"] = metadata.out_spec
-    return stage
+    return _stage(name, graph_module, leaves, exported.call_spec)
 
 
 def _decode_shapes(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -347,27 +340,19 @@ def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: An
     for key, value in items:
         for port in _ports(key, value, _OUTPUT_ROLES.get(key, Role.OTHER)):
             found[int(port.name.rsplit("#", 1)[-1])] = port
-    outputs = []
-    kept = []
-    leaf_index = []
-    for index, node in enumerate(values):
-        port = found.get(index)
-        if port is None or not isinstance(node, torch.fx.Node):
-            continue  # a constant, or bookkeeping of the cache
-        kept.append(node)
-        outputs.append(_rename(port, index))
-        leaf_index.append(index)
+    # what has no port is a constant, or bookkeeping of the cache
+    kept = [at for at, node in enumerate(values) if at in found and isinstance(node, fx.Node)]
     graph = graph_module.graph
-    graph.output_node().args = (tuple(kept),)
+    graph.output_node().args = (tuple(values[index] for index in kept),)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     for node in graph.find_nodes(op="placeholder"):
-        port = by_name.get(node.name)
-        if not node.users and (port is None or port.role is not Role.ATTENTION_MASK):
+        role = by_name[node.name].role if node.name in by_name else None
+        if not node.users and role is not Role.ATTENTION_MASK:
             graph.erase_node(node)
     inputs = tuple(by_name.get(n.name, Port(n.name)) for n in graph.find_nodes(op="placeholder"))
     graph_module.recompile()
-    facts = {"input_leaves": leaves, "output_leaves": leaf_index}
-    return Stage(name, graph_module, inputs, tuple(outputs), facts)
+    outputs = tuple(_rename(found[index], index) for index in kept)
+    return Stage(name, graph_module, inputs, outputs)
 
 
 _OUTPUT_ROLES = {

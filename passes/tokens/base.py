@@ -84,7 +84,9 @@ class TokenDrop(Pass):
         made = stage.cuts[before:]
         if "decode" in program:
             for match, cut in enumerate(made, start=1):
-                cut_decode(program["decode"], stage, cut, ctx, match=match, prefix=_identifier(self.name))
+                cut_decode(
+                    program["decode"], stage, cut, ctx, match=match, prefix=_identifier(self.name)
+                )
         dropped = sum(before - after for cut in made for before, after in cut.visual)
         return PassResult(
             changed=bool(made),
@@ -98,7 +100,8 @@ class TokenDrop(Pass):
         quotas = [quota(count, keep) for count in modality.visual]
         if quotas == list(modality.visual):
             ctx.remark(
-                f"layer {layer}: keep={keep} keeps all {max(quotas)} visual tokens", stage=stage.name
+                f"layer {layer}: keep={keep} keeps all {max(quotas)} visual tokens",
+                stage=stage.name,
             )
             return
         hidden = layers.entries[layer]

@@ -9,7 +9,6 @@ from torch import Tensor
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option
 
-
 _PRIME = 2**31 - 1  # squares of what is below still fit int64
 
 

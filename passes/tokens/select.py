@@ -59,5 +59,5 @@ def keep_best_ragged(
 
 
 def ordinal(visual: Tensor) -> Tensor:
-    """For each visual token its number among those of its sample, from 0; int64, like ``visual``."""
+    """Number of each visual token among those of its sample, from 0; int64, like ``visual``."""
     return visual.long().cumsum(-1) - 1

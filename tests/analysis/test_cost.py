@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.toys import Decoder, decoder
 from vlmopt.analysis.cost import node_flops, stage_cost, tokens_per_layer
-from vlmopt.tracing import capture
 from vlmopt.program import Cut, Port, Role, Stage
+from vlmopt.tracing import capture
 
 
 class Function(nn.Module):

@@ -8,13 +8,13 @@ from expecttest import assert_expected_inline
 from torch import fx
 
 from tests.toys import Decoder, decoder
-from vlmopt.tracing import capture
 from vlmopt.graph.diff import Matching, ProgramDiff, diff, ranges_text
 from vlmopt.graph.diff_text import Display, Heading, PassLine, diff_json, render
 from vlmopt.graph.snapshot import snapshot
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Cut, Port, Program, Role, Stage
 from vlmopt.rewrite.emit import Emitter, propagate
+from vlmopt.tracing import capture
 
 aten = torch.ops.aten
 

@@ -57,14 +57,13 @@ def _summary(one: type[Pass]) -> str:
 
 
 def _pass_page(one: type[Pass]) -> str:
+    from vlmopt.pipeline.options import option_rows
+
     lines = [f"{one.name}  ({one.family}, {one.phase}, {one.semantics})", ""]
     lines += [python_inspect.getdoc(one) or "", "", "options:"]
-    options = _options(one)
-    width = max((len(option["name"]) for option in options), default=0)
-    lines += [
-        f"  {option['name']:<{width}}  {option['help']} (default {option['default']})"
-        for option in options
-    ]
+    options = option_rows(one)
+    width = max((len(option.name) for option in options), default=0)
+    lines += [f"  {row.name:<{width}}  {row.help} (default {row.default})" for row in options]
     if not options:
         lines.append("  none")
     if one.example:
@@ -72,26 +71,9 @@ def _pass_page(one: type[Pass]) -> str:
     return "\n".join(lines)
 
 
-def _options(one: type[Pass]) -> list[dict[str, str]]:
-    return [
-        {
-            "name": field.name,
-            "default": _default(field),
-            "help": str(field.metadata.get("help", "")),
-        }
-        for field in dataclasses.fields(one)
-    ]
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
-        return "required"
-    if isinstance(field.default, tuple):
-        return ",".join(map(str, field.default))
-    return str(field.default)
-
-
 def _pass_json(one: type[Pass]) -> dict[str, Any]:
+    from vlmopt.pipeline.options import option_rows
+
     return {
         "name": one.name,
         "family": one.family,
@@ -100,7 +82,7 @@ def _pass_json(one: type[Pass]) -> dict[str, Any]:
         "summary": _summary(one),
         "reference": one.reference,
         "example": one.example,
-        "options": _options(one),
+        "options": [vars(row) for row in option_rows(one)],
     }
 
 

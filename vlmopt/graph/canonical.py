@@ -103,7 +103,8 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 def _drop_empty_operands(graph: fx.Graph, node: fx.Node) -> None:
     """``cat([empty, x])`` is how a cache layer starts: x."""
-    operands = [value for value in node.args[0] if value.meta["val"].numel() != 0]  # type: ignore[union-attr]
+    parts: Any = node.args[0]
+    operands = [value for value in parts if value.meta["val"].numel() != 0]
     if len(operands) == 1 and operands[0].meta["val"].dtype == node.meta["val"].dtype:
         node.replace_all_uses_with(operands[0])
         graph.erase_node(node)
@@ -115,21 +116,22 @@ def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
     The packed form has one row per True of the whole batch: its length is only known at run time,
     and a token axis cannot be followed through it.
     """
-    base, indices, values = node.args[:3]
-    accumulate = node.args[3] if len(node.args) > 3 else False
-    if accumulate or len(indices) != 1 or indices[0] is None:  # type: ignore[arg-type]
+    arguments: Any = node.args
+    base, indices, values = arguments[:3]
+    accumulate = arguments[3] if len(arguments) > 3 else False
+    if accumulate or len(indices) != 1 or indices[0] is None:
         return
-    mask = indices[0]  # type: ignore[index]
-    if mask.meta["val"].dtype != torch.bool or values.target is not aten.add.Tensor:  # type: ignore[union-attr]
+    mask = indices[0]
+    if mask.meta["val"].dtype != torch.bool or values.target is not aten.add.Tensor:
         return
-    read = [a for a in values.args if isinstance(a, fx.Node) and a.target is aten.index.Tensor]  # type: ignore[union-attr]
-    if len(read) != 1 or values.kwargs:  # type: ignore[union-attr]
+    read = [a for a in values.args if isinstance(a, fx.Node) and a.target is aten.index.Tensor]
+    if len(read) != 1 or values.kwargs:
         return
     source, source_indices = read[0].args[:2]
-    same = _origin(source) is _origin(base) and len(source_indices) == 1  # type: ignore[arg-type]
-    if not same or source_indices[0] is not mask:  # type: ignore[index]
+    same = _origin(source) is _origin(base) and len(source_indices) == 1
+    if not same or source_indices[0] is not mask:
         return
-    rows = values.args[1] if values.args[0] is read[0] else values.args[0]  # type: ignore[union-attr]
+    rows = values.args[1] if values.args[0] is read[0] else values.args[0]
     like = node.meta["val"]
     with graph.inserting_before(node), like.fake_mode:
         # zeros come from the mask, not from base: they must not look like a function of the stream

@@ -438,19 +438,17 @@ class _StageComparison:
         everywhere: _Site = (None, "")
         if everywhere not in starts and (everywhere in ripples or everywhere in types):
             sites.insert(0, everywhere)
-        hunks: list[Hunk] = []
         seen: dict[tuple[int, object], Provenance] = {}
-        for site in sites:
-            hunks.append(
-                self._hunk(
-                    site,
-                    [change for where, change in rewired if where == site],
-                    types[site],
-                    ripples[site],
-                    seen,
-                )
+        return tuple(
+            self._hunk(
+                site,
+                [change for where, change in rewired if where == site],
+                types[site],
+                ripples[site],
+                seen,
             )
-        return tuple(hunks)
+            for site in sites
+        )
 
     def _old_position(self, node: NodeRecord) -> int:
         """Where a removed node would stand: after the last kept node before it."""

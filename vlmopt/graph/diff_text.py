@@ -119,9 +119,7 @@ def render(
                     blocks.append([_repetitions(stage, run)])
                 else:
                     blocks.append(list(_hunk(stage, run[0], display, context, fold)))
-    for stage in diff.stages:
-        if stage.changed:
-            blocks.append([*_roles(stage), *_savings(stage)])
+    blocks += [[*_roles(stage), *_savings(stage)] for stage in diff.stages if stage.changed]
     if diff.changed:
         blocks.append(_footer(diff, heading))
     elif heading is not None and heading.reproduce is not None:

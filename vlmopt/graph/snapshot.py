@@ -183,7 +183,8 @@ def _leaves(where: str, value: Any) -> Iterator[tuple[str, Ref | int | str]]:
 
 def _types(value: Any) -> Iterator[TypeRecord]:
     if isinstance(value, torch.Tensor):
-        shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+        sizes: tuple[Any, ...] = tuple(value.shape)
+        shape = tuple(size if isinstance(size, int) else str(size) for size in sizes)
         yield TypeRecord(dtype_text(value.dtype), shape)
     elif isinstance(value, (list, tuple)):
         for item in value:

@@ -72,6 +72,31 @@ def option(
 
 
 @dataclasses.dataclass(frozen=True)
+class OptionRow:
+    """An option as documentation shows it: all texts, ``default`` as in a pipeline."""
+
+    name: str
+    default: str
+    help: str
+
+
+def option_rows(one: type[Pass]) -> list[OptionRow]:
+    """The options of a pass class, in order of declaration."""
+    return [
+        OptionRow(field.name, _default_text(field), str(field.metadata.get("help", "")))
+        for field in dataclasses.fields(one)
+    ]
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if isinstance(field.default, tuple):
+        return ",".join(map(str, field.default))
+    return str(field.default)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptionType:
     """What an option's annotation means.
 

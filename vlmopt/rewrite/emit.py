@@ -104,7 +104,7 @@ class Emitter:
 
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
         """A tensor that the function made at trace time, stored in the module as a buffer."""
-        module = self.graph.owning_module
+        module: Any = self.graph.owning_module
         name = self._unique(f"{self.prefix}_constant")
         module.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
