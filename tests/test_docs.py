@@ -32,5 +32,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_in_pages_parses(page: Path) -> None:
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         compile(block, page.name, "exec")
