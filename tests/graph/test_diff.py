@@ -11,6 +11,7 @@ from tests.toys import Decoder, decoder
 from vlmopt.graph.diff import Matching, ProgramDiff, diff, ranges_text
 from vlmopt.graph.diff_text import Display, Heading, PassLine, diff_json, render
 from vlmopt.graph.snapshot import snapshot
+from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Cut, Port, Program, Role, Stage
 from vlmopt.rewrite.emit import Emitter, propagate
@@ -385,3 +386,39 @@ def test_json(before: Program) -> None:
 )
 def test_ranges(numbers: list[int], text: str) -> None:
     assert ranges_text(numbers) == text
+
+
+def test_equal_changes_in_several_layers_are_shown_once() -> None:
+    class Shared(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            return x + self.inner(x) * position.sin()
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Shared() for _ in range(4))
+
+        def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, position)
+            return x
+
+    program = capture(Model(), (torch.ones(2, 4), torch.ones(2, 1)))
+    old = snapshot(program)
+    run_pipeline(program, "fold-constants")
+    assert_expected_inline(
+        "\n".join(
+            line.split("  test_diff.py")[0]
+            for line in render(diff(old, program)).splitlines()
+            if line[:1] in {"@", "-", "!"}
+        ),
+        """\
+@@ model  layers.1
+- %sin_1 = sin(%position)  f32[2,1]
+! %mul_1   arg 1: %sin_1 -> %sin
+@@ model  layers.2-3  same change as in layers.1""",
+    )

@@ -93,7 +93,8 @@ class Hunk:
         context: untouched nodes that the added ones read, most telling first.
         gathers: what the frontier gathers read; ``gather_nodes`` counts the nodes they take.
         equal_layers: groups of layers in this place that are equal up to names.
-        same_as: an earlier hunk of the same pass with the same rewrite.
+        same_as: an earlier hunk with the same rewrite: of the same pass, or by no pass in another
+            layer of the same container, then named by its module.
         cut: the token cut made here.
         notes: remarks by node name, such as ``64 text + 190 visual``.
     """
@@ -110,7 +111,7 @@ class Hunk:
     gather_nodes: int = 0
     ripples: tuple[Ripple, ...] = ()
     equal_layers: tuple[tuple[int, ...], ...] = ()
-    same_as: Provenance | None = None
+    same_as: Provenance | str | None = None
     cut: Cut | None = None
     notes: tuple[tuple[str, str], ...] = ()
 
@@ -271,6 +272,7 @@ class _StageComparison:
         self.gathers = {node.name for node in self.added if _is_frontier_gather(node)}
         self.pairs = self._size_changes()
         self.site_of = self._sites_added()
+        self.resizing = {self.site_of[name] for name in self.gathers}
 
     def result(self) -> StageDiff:
         rewired: list[tuple[_Site, Rewired]] = []
@@ -438,7 +440,7 @@ class _StageComparison:
         everywhere: _Site = (None, "")
         if everywhere not in starts and (everywhere in ripples or everywhere in types):
             sites.insert(0, everywhere)
-        seen: dict[tuple[int, object], Provenance] = {}
+        seen: dict[object, Provenance | str] = {}
         return tuple(
             self._hunk(
                 site,
@@ -463,10 +465,12 @@ class _StageComparison:
     def _upstream(
         self, node: NodeRecord, sites: Sequence[_Site], starts: Mapping[_Site, int]
     ) -> _Site:
-        """The last rewritten place before a node: the one whose change reached it."""
+        """The last place before a node whose change of size reached it, else the last rewritten."""
         position = self.position[node.name]
         before = [site for site in sites if starts[site] <= position]
-        return before[-1] if before else (sites[0] if sites else (None, ""))
+        resizing = [site for site in before if site in self.resizing]
+        nearest = [*sites[:1], *before, *resizing]
+        return nearest[-1] if nearest else (None, "")
 
     # -- one hunk ------------------------------------------------------------------------------
 
@@ -476,17 +480,16 @@ class _StageComparison:
         rewired: Sequence[Rewired],
         retyped: Sequence[Retyped],
         rippled: Sequence[NodeRecord],
-        seen: dict[tuple[int, object], Provenance],
+        seen: dict[object, Provenance | str],
     ) -> Hunk:
         made_by, module = site
         inside = [node for node in self.added if self.site_of[node.name] == site]
         removed = [node for node in self.removed if self.site_of[node.name] == site]
         folded = self._gather_nodes(inside)
         added = [node for node in inside if node.name not in folded]
-        same_as = None
-        if made_by is not None:
-            signature = self._signature(added, removed, rewired)
-            same_as = seen.setdefault((made_by.index, signature), made_by)
+        place: Provenance | str = made_by or module
+        among = made_by.index if made_by else module.rpartition(".")[0]
+        same_as = seen.setdefault((among, self._signature(added, removed, rewired)), place)
         first = next(iter(added or removed), None)
         if first is None and rewired:
             first = self.after.nodes[rewired[0].name]
@@ -506,7 +509,7 @@ class _StageComparison:
             gather_nodes=len(folded),
             ripples=self._ripples(rippled),
             equal_layers=self._equal_layers(rippled),
-            same_as=None if same_as == made_by else same_as,
+            same_as=None if same_as == place else same_as,
             cut=cut,
             notes=self._notes(cut, added),
         )

@@ -26,7 +26,7 @@ from vlmopt.graph.diff import (
     StageDiff,
     ranges_text,
 )
-from vlmopt.graph.snapshot import NodeRecord
+from vlmopt.graph.snapshot import NodeRecord, Provenance
 from vlmopt.graph.stats import (
     assumptions_text,
     bytes_text,
@@ -196,7 +196,7 @@ def _hunk(
         parts.append(f"[{hunk.made_by}]")
     repeated = fold and hunk.same_as is not None
     if repeated and hunk.same_as is not None:
-        same = f"same rewrite as #{hunk.same_as.match}"
+        same = _same_as(hunk.same_as)
         parts.append(f"{same}, {' -> '.join(_visual_counts(hunk))}" if hunk.cut else same)
     elif hunk.source is not None:
         parts.append(hunk.source)
@@ -233,11 +233,17 @@ def _runs(hunks: Sequence[Hunk]) -> list[list[Hunk]]:
 def _repetitions(stage: StageDiff, hunks: Sequence[Hunk]) -> str:
     first = hunks[0].same_as
     assert first is not None
-    matches = ranges_text(hunk.made_by.match for hunk in hunks if hunk.made_by is not None)
-    places = ", ".join(_modules_text(hunk.module for hunk in hunks))
-    return (
-        f"@@ {stage.name}  {places}  [{first.pass_name} #{matches}]  same rewrite as #{first.match}"
-    )
+    parts = [f"@@ {stage.name}", ", ".join(_modules_text(hunk.module for hunk in hunks))]
+    if not isinstance(first, str):
+        matches = ranges_text(hunk.made_by.match for hunk in hunks if hunk.made_by is not None)
+        parts.append(f"[{first.pass_name} #{matches}]")
+    return "  ".join([*parts, _same_as(first)])
+
+
+def _same_as(earlier: Provenance | str) -> str:
+    if isinstance(earlier, str):
+        return f"same change as in {earlier}"
+    return f"same rewrite as #{earlier.match}"
 
 
 def _modules_text(modules: Iterable[str]) -> Iterator[str]:
@@ -490,7 +496,7 @@ def _hunk_json(hunk: Hunk) -> dict[str, Any]:
         "source": hunk.source,
         "pass": None if made_by is None else made_by.pass_name,
         "match": None if made_by is None else made_by.match,
-        "same_as": None if hunk.same_as is None else hunk.same_as.match,
+        "same_as": hunk.same_as if isinstance(hunk.same_as, str | None) else hunk.same_as.match,
         "added": [_node_json(node) for node in hunk.added],
         "removed": [_node_json(node) for node in hunk.removed],
         "rewired": [
