@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +25,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
 from vlmopt.errors import ArtifactError, LoweringError, describe_node
+from vlmopt.folders import new_folder
 from vlmopt.graph.compare import TOLERANCES, random_inputs
 from vlmopt.graph.text import dtype_text, op_text
 from vlmopt.program import Port, Program, Role, Stage, copy_graph, fetch_attr
@@ -245,13 +243,10 @@ def export_program(
             f"opset {opset} cannot be exported", hint=f"choose from {_OPSETS[0]} to {_OPSETS[1]}"
         )
     chosen = _choose(program, stages)
-    _require_free(out, overwrite)
     for stage in chosen:
         _require_weights(stage)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        table = {**_TRANSLATIONS, **(translations or {})}
+    table = {**_TRANSLATIONS, **(translations or {})}
+    with new_folder(out, marker=MANIFEST, overwrite=overwrite, error=LoweringError) as folder:
         reports = []
         described = {}
         for stage in chosen:
@@ -271,10 +266,6 @@ def export_program(
         }
         text = json.dumps(manifest, indent=2) + "\n"
         (folder / MANIFEST).write_text(text, encoding="utf-8")
-        folder.chmod(0o777 & ~_umask())  # temporary folders are private, the export is not
-        _move(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return OnnxReport(out, opset, ir_version, _EXAMPLES if check else 0, tuple(reports))
 
 
@@ -289,46 +280,6 @@ def _choose(program: Program, names: Sequence[str] | None) -> list[Stage]:
     if not chosen:
         raise LoweringError("there is no stage to export", hint="name at least one")
     return chosen
-
-
-def _require_free(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise LoweringError(f"{out} exists", hint="choose another folder, or overwrite=True")
-    # overwriting means an earlier export: never anything else that happens to be there
-    if (
-        not out.is_dir()
-        or out.is_symlink()
-        or (any(out.iterdir()) and not (out / MANIFEST).is_file())
-    ):
-        raise LoweringError(
-            f"{out} is no folder that an export wrote, so it is not replaced",
-            hint="remove it, or choose another folder",
-        )
-
-
-def _move(folder: Path, out: Path) -> None:
-    """Put the finished ``folder`` at ``out``; what was there is removed only once it is."""
-    if not out.exists():
-        folder.replace(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    out.replace(old / out.name)
-    try:
-        folder.replace(out)
-    except OSError:
-        (old / out.name).replace(out)
-        raise
-    finally:
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _require_weights(stage: Stage) -> None:

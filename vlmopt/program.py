@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -201,6 +202,12 @@ class Program:
         self.passes = snapshot.passes
         self.metadata = snapshot.metadata
 
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the program as a folder, see :func:`vlmopt.storage.save`."""
+        from vlmopt.storage import save
+
+        save(self, directory, overwrite=overwrite)
+
     def named_weights(self) -> Mapping[str, torch.Tensor]:
         """Every weight tensor once, under the first ``stage.path`` that names it."""
         seen: dict[int, str] = {}
@@ -212,6 +219,20 @@ class Program:
                     seen[id(tensor)] = f"{stage.name}.{node.target}"
                     weights[seen[id(tensor)]] = tensor
         return weights
+
+
+def attach_attr(root: torch.nn.Module, path: str, tensor: torch.Tensor) -> None:
+    """Put a tensor at a dotted path below ``root``, making the modules on the way."""
+    *parents, leaf = path.split(".")
+    module = root
+    for name in parents:
+        if not hasattr(module, name):
+            module.add_module(name, torch.nn.Module())
+        module = getattr(module, name)
+    if isinstance(tensor, torch.nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
 
 
 def fetch_attr(root: torch.nn.Module, path: str) -> torch.Tensor:

@@ -1,32 +1,479 @@
-"""Programs on disk. Not available yet: says so instead of writing half a program."""
+"""Programs on disk: a folder that is read without unpickling anything.
+
+    program.json          what the program is: stages, ports, facts, cuts, passes, weights
+    <stage>.pt2           the stage's graph, by ``torch.export.save``
+    weights*.safetensors  every weight once, whichever stages read it
+
+In a ``.pt2`` the weights are inputs, ahead of the stage's own: stages share their weights, and a
+graph alone cannot be run by mistake on weights that are not there.
+"""
 
 from __future__ import annotations
 
+import io
+import json
+import operator
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from vlmopt.errors import ArtifactError
+from vlmopt.folders import new_folder
+from vlmopt.program import Cut, Port, Program, Role, Stage, attach_attr, copy_graph, fetch_attr
+
+FORMAT = 1
+MANIFEST = "program.json"
+
+_SHARD = "5GB"
+_FILE = re.compile(r"[A-Za-z0-9_][\w.-]*")
+_HARMLESS = re.compile(
+    r"(archive_(format|version)|byteorder|(\.data/)?(version|serialization_id)"
+    r"|models/\w+\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
+    r"|data/sample_inputs/\w+\.pt|extra/.*)"
+)
 
 
-def load(directory: str | Path) -> NoReturn:
-    """Refuses.
+def save(program: Program, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write ``program`` as a folder, whole or not at all.
+
+    A program captured without weights is written without weights.
+
+    Args:
+        overwrite: replace a program folder that is there; anything else is never replaced.
 
     Raises:
-        ArtifactError: always.
+        ArtifactError: the folder exists, or a graph cannot be written.
     """
-    raise ArtifactError(
-        f"{directory}: this version cannot read program folders",
-        hint="name the Python factory instead: vlmopt diff pkg.mod:factory -p PIPELINE",
+    with new_folder(
+        Path(directory), marker=MANIFEST, overwrite=overwrite, error=ArtifactError
+    ) as folder:
+        weights = program.named_weights()
+        keys = {id(tensor): key for key, tensor in weights.items()}
+        document = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "model_type": program.model_type,
+            "passes": list(program.passes),
+            "metadata": program.metadata,
+            "weights": _write_weights(weights, folder),
+            "stages": [_write_stage(stage, keys, folder) for stage in program],
+        }
+        (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def load(directory: str | Path, *, weights: bool = True) -> Program:
+    """Read a program folder.
+
+    Args:
+        weights: ``False`` leaves the weights on disk: everything but running the program works.
+
+    Returns:
+        The program as it was saved: same node names, types, provenance, and values.
+
+    Raises:
+        ArtifactError: it is no program folder, is damaged, or was written by a newer version.
+    """
+    folder = Path(directory)
+    document = _read_manifest(folder)
+    try:
+        tensors = _Weights(folder, document["weights"], read=weights)
+        stages = [_read_stage(folder, entry, tensors) for entry in document["stages"]]
+        program = Program(
+            {stage.name: stage for stage in stages},
+            model_type=document["model_type"],
+            passes=tuple(document["passes"]),
+            metadata=dict(document["metadata"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}",
+            hint="write the folder anew: vlmopt capture SOURCE -o DIR",
+        ) from error
+    program.metadata["weights"] = weights and program.metadata.get("weights", True)
+    return program
+
+
+# -- weights -----------------------------------------------------------------------------------
+
+
+def _write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+    """Write the tensors that have values; returns where each is, with its type."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    real = {
+        key: tensor.detach().contiguous()
+        for key, tensor in weights.items()
+        if not isinstance(tensor, FakeTensor) and not tensor.is_meta
+    }
+    split = split_torch_state_dict_into_shards(
+        real, filename_pattern="weights{suffix}.safetensors", max_shard_size=_SHARD
+    )
+    where = {}
+    for name, members in split.filename_to_tensors.items():
+        # tensors that share memory are not all listed
+        save_file({key: real[key].clone() for key in members}, folder / name)
+        where.update(dict.fromkeys(members, name))
+    rest = [key for key in real if key not in where]
+    if rest:
+        save_file({key: real[key].clone() for key in rest}, folder / "weights-views.safetensors")
+        where.update(dict.fromkeys(rest, "weights-views.safetensors"))
+    return {
+        key: {
+            "file": where.get(key),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "parameter": isinstance(tensor, torch.nn.Parameter),
+        }
+        for key, tensor in weights.items()
+    }
+
+
+class _Weights:
+    """The weights of a folder, each read when it is first asked for."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, Any], *, read: bool) -> None:
+        self.folder = folder
+        self.entries = entries
+        self.read = read
+        self.mode = FakeTensorMode()
+        self.files: dict[str, Any] = {}
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self.seen:
+            entry = self.entries[key]
+            tensor = self._tensor(key, entry)
+            if entry["parameter"]:
+                tensor = torch.nn.Parameter(tensor, requires_grad=False)
+            self.seen[key] = tensor
+        return self.seen[key]
+
+    def _tensor(self, key: str, entry: Mapping[str, Any]) -> torch.Tensor:
+        dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
+        if entry["file"] is None or not self.read:
+            with self.mode:
+                return torch.empty(shape, dtype=dtype)
+        tensor: torch.Tensor = self._open(entry["file"]).get_tensor(key)
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            raise ArtifactError(
+                f"weight {key} in {entry['file']} is {tensor.dtype} {list(tensor.shape)}, "
+                f"where the manifest says {dtype} {shape}",
+                hint="the files do not belong together: write the folder anew",
+            )
+        return tensor
+
+    def _open(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self.files:
+            path = _member(self.folder, name)
+            try:
+                self.files[name] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ArtifactError(
+                    f"{path} cannot be read: {error}",
+                    hint="copy the folder again, or write it anew",
+                ) from error
+        return self.files[name]
+
+
+# -- stages ------------------------------------------------------------------------------------
+
+
+def _write_stage(stage: Stage, keys: Mapping[int, str], folder: Path) -> dict[str, Any]:
+    exported = _exported(stage)
+    name = f"{stage.name}.pt2"
+    torch.export.save(exported, folder / name)
+    weights = {
+        node.name: {
+            "path": str(node.target),
+            "key": keys[id(fetch_attr(stage.graph_module, str(node.target)))],
+        }
+        for node in stage.graph.find_nodes(op="get_attr")
+    }
+    return {
+        "name": stage.name,
+        "file": name,
+        "bytes": (folder / name).stat().st_size,
+        "inputs": [asdict(port) for port in stage.inputs],
+        "outputs": [asdict(port) for port in stage.outputs],
+        "facts": stage.facts,
+        "cuts": [asdict(cut) for cut in stage.cuts],
+        "weights": weights,
+    }
+
+
+def _exported(stage: Stage) -> torch.export.ExportedProgram:
+    """The stage as an ``ExportedProgram`` without state: weights are its first inputs."""
+    from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+    from torch.export.graph_signature import (
+        ExportGraphSignature,
+        InputKind,
+        InputSpec,
+        OutputKind,
+        OutputSpec,
+        TensorArgument,
+    )
+
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    inputs = [*stage.graph.find_nodes(op="get_attr"), *stage.graph.find_nodes(op="placeholder")]
+    for node in inputs:
+        mapping[node] = graph.placeholder(node.name)
+        mapping[node].meta = {"val": node.meta["val"]}
+    for node in stage.graph.nodes:
+        if node not in mapping:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+            mapping[node].meta = dict(node.meta)
+    for node, copied in mapping.items():
+        copied.name = node.name
+    results: Any = graph.output_node().args[0]
+    signature = ExportGraphSignature(
+        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results],
+    )
+    call = ModuleCallSignature(
+        inputs=[],
+        outputs=[],
+        in_spec=pytree.tree_flatten(((0,) * len(inputs), {}))[1],
+        out_spec=pytree.tree_flatten((0,) * len(results))[1],
+        forward_arg_names=[node.name for node in inputs],
+    )
+    root = fx.GraphModule(torch.nn.Module(), graph)
+    root.meta["custom"] = {"vlmopt": {"nodes": list(map(_node_entry, stage.graph.nodes))}}
+    return torch.export.ExportedProgram(
+        root=root,
+        graph=root.graph,
+        graph_signature=signature,
+        state_dict={},
+        range_constraints=_range_constraints(stage),
+        module_call_graph=[ModuleCallEntry(fqn="", signature=call)],
     )
 
 
-def save(directory: str | Path) -> NoReturn:
-    """Refuses.
+def _node_entry(node: fx.Node) -> dict[str, Any]:
+    """What ``.pt2`` loses: order, names of ``getitem`` nodes, and where other nodes come from."""
+    entry: dict[str, Any] = {"name": node.name}
+    if node.op != "call_function" or node.target is operator.getitem:
+        for key in ("custom", "stack_trace"):
+            if node.meta.get(key):
+                entry[key] = node.meta[key]
+        if node.meta.get("nn_module_stack"):
+            entry["nn_module_stack"] = [
+                (key, path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}")
+                for key, (path, kind) in node.meta["nn_module_stack"].items()
+            ]
+    if node.target is operator.getitem:
+        entry["of"], entry["index"] = node.args[0].name, node.args[1]  # type: ignore[union-attr]
+    return entry
+
+
+def _range_constraints(stage: Stage) -> dict[Any, Any]:
+    environment = stage.fake_mode().shape_env
+    if environment is None:
+        return {}
+    symbols = {
+        symbol
+        for node in stage.graph.nodes
+        for value in pytree.tree_leaves(node.meta.get("val"))
+        for symbol in _symbols(value)
+    }
+    return {symbol: environment.var_to_range[symbol] for symbol in symbols}
+
+
+def _symbols(value: Any) -> Iterator[Any]:
+    sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            yield from size.node.expr.free_symbols
+
+
+def _read_stage(folder: Path, entry: Mapping[str, Any], weights: _Weights) -> Stage:
+    path = _member(folder, entry["file"])
+    if path.stat().st_size != entry["bytes"]:
+        raise ArtifactError(
+            f"{path} has {path.stat().st_size} bytes, where the manifest says {entry['bytes']}",
+            hint="copy the folder again, or write it anew",
+        )
+    exported = load_exported(path)
+    stage = Stage(
+        entry["name"],
+        _flat_module(exported, entry["weights"], weights),
+        tuple(_port(port) for port in entry["inputs"]),
+        tuple(_port(port) for port in entry["outputs"]),
+        dict(entry["facts"]),
+        tuple(_cut(cut) for cut in entry["cuts"]),
+    )
+    names = [node.name for node in stage.graph.find_nodes(op="placeholder")]
+    if names != [port.name for port in stage.inputs]:
+        raise ArtifactError(
+            f"the inputs of {path.name} are not those of its stage in {MANIFEST}",
+            hint="the files do not belong together: write the folder anew",
+        )
+    return stage
+
+
+def load_exported(path: Path) -> torch.export.ExportedProgram:
+    """Read a ``.pt2`` file whose parts are all plain data.
 
     Raises:
-        ArtifactError: always.
+        ArtifactError: it is none, holds pickled objects, or cannot be read by this torch.
     """
-    raise ArtifactError(
-        f"{directory}: this version cannot write program folders",
-        hint="leave out -o; or export ONNX: vlmopt export pkg.mod:factory -p PIPELINE -o DIR",
+    if not path.is_file():
+        raise ArtifactError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ArtifactError(f"{path} is no program saved by torch.export.save")
+    _refuse_pickles(path)
+    try:
+        return torch.export.load(path)
+    except (RuntimeError, ValueError, OSError, AssertionError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise ArtifactError(
+            f"{path} cannot be read by torch.export.load" + (f" ({reason[0]})" if reason else ""),
+            hint=f"it must come from torch.export.save of torch {torch.__version__}",
+        ) from error
+
+
+def _refuse_pickles(path: Path) -> None:
+    """torch.export.load unpickles example inputs, custom objects and tensor subclasses."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name = info.filename.partition("/")[2]
+            if name.startswith("data/sample_inputs/") and info.file_size:
+                if _is_plain(archive.read(info)):
+                    continue
+                kind = "example inputs that are not plain tensors"
+            elif name.endswith("_config.json"):
+                config = json.loads(archive.read(info)).get("config", {})
+                if not any(item.get("use_pickle") for item in config.values()):
+                    continue
+                kind = "objects"
+            elif _HARMLESS.fullmatch(name):
+                continue
+            else:
+                kind = f"a part called {name}"
+            raise ArtifactError(
+                f"{path} holds {kind}, and reading that may run code of whoever wrote it",
+                hint="save it again without: exported._example_inputs = None; or name a Python "
+                "factory: vlmopt diff pkg.mod:factory -p PIPELINE",
+            )
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether torch's restricted reader, which runs no code, is enough."""
+    try:
+        torch.load(io.BytesIO(data), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        return False
+    return True
+
+
+def _flat_module(
+    exported: torch.export.ExportedProgram, places: Mapping[str, Any], weights: _Weights
+) -> fx.GraphModule:
+    """The stage's graph in its own order and names, with weights as ``get_attr``."""
+    entries = exported.graph_module.meta["custom"]["vlmopt"]["nodes"]
+    source = _counterparts(exported.graph, entries)
+    root = torch.nn.Module()
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for entry in entries:
+        name = entry["name"]
+        node = source[name]
+        if name in places:
+            path = places[name]["path"]
+            attach_attr(root, path, weights[places[name]["key"]])
+            copied = graph.get_attr(path)
+        else:
+            copied = graph.node_copy(node, mapping.__getitem__)
+        copied.name = name
+        copied.meta = {
+            **{key: node.meta[key] for key in _METADATA if key in node.meta},
+            **{key: entry[key] for key in _METADATA if key in entry},
+        }
+        if "nn_module_stack" in entry:
+            copied.meta["nn_module_stack"] = {
+                key: (path, kind) for key, path, kind in entry["nn_module_stack"]
+            }
+        mapping[node] = copied
+    graph = copy_graph(graph)  # names given later depend on the names that are there, on no others
+    graph.lint()
+    return fx.GraphModule(root, graph)
+
+
+_METADATA = ("val", "custom", "stack_trace", "nn_module_stack")
+
+
+def _counterparts(graph: fx.Graph, entries: list[dict[str, Any]]) -> dict[str, fx.Node]:
+    """Nodes as loaded, by the names that they had."""
+    found = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    parts = {
+        (node.args[0], node.args[1]): node
+        for node in graph.find_nodes(op="call_function", target=operator.getitem)
+    }
+    whole = iter(
+        node
+        for node in graph.nodes
+        if node.op != "placeholder" and node.target is not operator.getitem
     )
+    for entry in entries:
+        if "of" in entry:
+            found[entry["name"]] = parts[found[entry["of"]], entry["index"]]
+        elif entry["name"] not in found:
+            found[entry["name"]] = next(whole)
+    return found
+
+
+# -- the manifest ------------------------------------------------------------------------------
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(
+            f"{folder} is no program folder: it holds no {MANIFEST}",
+            hint="vlmopt capture SOURCE -o DIR writes one",
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path} is no JSON: {error}", hint="copy the folder again, or write it anew"
+        ) from error
+    version = document.get("format") if isinstance(document, dict) else None
+    if version != FORMAT:
+        raise ArtifactError(
+            f"{folder} has format {version}, and this version of vlmopt reads format {FORMAT}",
+            hint="update vlmopt, or write the folder anew",
+        )
+    return document  # type: ignore[no-any-return]
+
+
+def _member(folder: Path, name: str) -> Path:
+    """A file of the folder; names that lead elsewhere are refused."""
+    if not _FILE.fullmatch(name):
+        raise ArtifactError(f"{folder / MANIFEST} names a file outside its folder: {name}")
+    path = folder / name
+    if not path.is_file():
+        raise ArtifactError(f"{folder} lacks its file {name}", hint="copy the folder again")
+    return path
+
+
+def _port(entry: Mapping[str, Any]) -> Port:
+    return Port(entry["name"], Role(entry["role"]), entry["layer"], entry["kept"])
+
+
+def _cut(entry: Mapping[str, Any]) -> Cut:
+    visual = tuple((before, after) for before, after in entry["visual"])
+    before, after = entry["tokens"]
+    return Cut(entry["layer"], (before, after), visual, entry["kept"], entry["made_by"])

@@ -63,7 +63,7 @@ def capture(
     finally:
         model.train(training)
     program.metadata["weights"] = mode is None
-    return program
+    return program.clone()  # names given later depend on no node that capture removed
 
 
 def modality_of(

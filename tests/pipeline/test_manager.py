@@ -27,6 +27,7 @@ from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Remark, Semantics
 from vlmopt.pipeline.registry import register_pass
 from vlmopt.program import Program
+from vlmopt.storage import load
 
 aten = torch.ops.aten
 
@@ -332,6 +333,7 @@ def test_the_debug_folder_holds_every_state(
     folder = root / "000"
     assert sorted(path.name for path in folder.iterdir()) == [
         "000-input.txt",
+        "001-to-silu.diff",
         "001-to-silu.txt",
         "002-act.txt",
         "pipeline.txt",
@@ -345,10 +347,23 @@ def test_the_debug_folder_holds_every_state(
     assert (folder / "002-act.txt").read_text() == "# act: unchanged\n"
     assert json.loads((folder / "report.json").read_text()) == report.to_json()
 
-    with pytest.raises(NoMatchError):
-        run_pipeline(program, "to-silu")
-    failed = (root / "001" / "001-to-silu.txt").read_text()
+    assert "+ %silu" in (folder / "001-to-silu.diff").read_text()
+
+
+def test_a_failure_can_be_reproduced_from_the_debug_folder(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLMOPT_DEBUG_DIR", str(tmp_path))
+    with pytest.raises(NoMatchError) as raised:
+        run_pipeline(program, "to-silu | to-silu")
+    folder = tmp_path / "000"
+    failed = (folder / "002-to-silu.txt").read_text()
     assert failed.startswith("# to-silu: failed\nNoMatchError: to-silu found nothing to rewrite\n")
+    command = (folder / "reproduce.txt").read_text().strip()
+    assert command == f"vlmopt run {folder / '002-to-silu-input'} -p to-silu"
+    assert str(raised.value).endswith(f"\n  reproduce: {command}")
+    with pytest.raises(NoMatchError):
+        run_pipeline(load(folder / "002-to-silu-input"), "to-silu")
 
 
 def test_states_are_printed_on_request(

@@ -8,7 +8,7 @@ import click
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vlmopt", prog_name="vlmopt")
 def app() -> None:
-    """A compiler for efficient vision-language models.
+    r"""A compiler for efficient vision-language models.
 
     \b
     Examples:

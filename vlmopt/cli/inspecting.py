@@ -103,7 +103,7 @@ def inspect(
     """Print the graphs of PROGRAM, or everything known about one node."""
     from vlmopt.graph.text import stage_text
 
-    loaded = load_program(program)
+    loaded = load_program(program, weights=False)
     stages = list(loaded) if stage_name is None else [_stage(loaded, stage_name)]
     if node_name is not None:
         stage, node = _find_node(stages, node_name.removeprefix("%"))
@@ -221,7 +221,7 @@ def stats(
 
     columns = []
     for source in programs:
-        program = load_program(source)
+        program = load_program(source, weights=False)
         columns.append(program_stats(program, source))
         if pipeline is not None:
             text = pipelines.read_pipeline(pipeline)
@@ -259,7 +259,7 @@ def verify(
     from vlmopt.graph.verify import verify_program
     from vlmopt.pipeline.passes import Semantics
 
-    loaded = load_program(program)
+    loaded = load_program(program, weights=against is not None)
     verify_program(loaded, level)  # type: ignore[arg-type]
     text = f"{program}: all invariants hold ({level}; stages {', '.join(loaded.stages)})"
     document: dict[str, Any] = {"schema": SCHEMA, "program": program, "level": level, "ok": True}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +26,11 @@ SOURCE is one of:
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def load_program(source: str) -> Program:
+def load_program(source: str, *, weights: bool = True) -> Program:
     """The program that a SOURCE stands for.
+
+    Args:
+        weights: whether the program will be run; otherwise those of a folder stay on disk.
 
     Raises:
         ArtifactError: there is no such thing, or it is of a kind that cannot be read.
@@ -39,14 +40,14 @@ def load_program(source: str) -> Program:
     if path.is_dir():
         import vlmopt
 
-        return vlmopt.load(path)
+        return vlmopt.load(path, weights=weights)
     if path.suffix == ".onnx":
         raise ArtifactError(
             f"{source} is an ONNX file; vlmopt writes these but cannot read them",
             hint="capture the PyTorch model: vlmopt capture pkg.mod:factory -o DIR",
         )
     if path.suffix == ".pt2":
-        return _load_exported(path)
+        return _read_exported(path)
     if source == "digits":
         return _capture_digits()
     if _FACTORY.fullmatch(source):
@@ -57,25 +58,12 @@ def load_program(source: str) -> Program:
     )
 
 
-def _load_exported(path: Path) -> Program:
-    import torch
-
+def _read_exported(path: Path) -> Program:
     from vlmopt.graph.canonical import canonical_graph
     from vlmopt.program import Port, Program, Stage
+    from vlmopt.storage import load_exported
 
-    if not path.is_file():
-        raise ArtifactError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ArtifactError(f"{path} is no program saved by torch.export.save")
-    try:
-        exported = torch.export.load(path)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise ArtifactError(
-            f"{path} cannot be read by torch.export.load" + (f" ({reason[0]})" if reason else ""),
-            hint="it must come from torch.export.save of the same version of torch",
-        ) from error
-    module, _ = canonical_graph(exported)
+    module, _ = canonical_graph(load_exported(path))
     values: Any = module.graph.output_node().args[0]
     inputs = tuple(Port(node.name) for node in module.graph.find_nodes(op="placeholder"))
     outputs = tuple(Port(f"output_{index}") for index in range(len(values)))
@@ -95,8 +83,8 @@ def _capture_digits() -> Program:
 def _call_factory(source: str) -> Program:
     from torch import nn
 
-    from vlmopt.tracing import capture
     from vlmopt.program import Program
+    from vlmopt.tracing import capture
 
     made = _find_factory(source)()
     if isinstance(made, Program):
@@ -110,8 +98,9 @@ def _call_factory(source: str) -> Program:
 
 def _find_factory(source: str) -> Callable[[], Any]:
     module_name, _, name = source.partition(":")
-    if os.getcwd() not in sys.path:  # as python -m does, and an installed script does not
-        sys.path.insert(0, os.getcwd())
+    here = str(Path.cwd())
+    if here not in sys.path:  # as python -m does, and an installed script does not
+        sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -29,9 +29,8 @@ def capture(out: Output, source: str) -> None:
     target = out.reserve() if out.path is not None else None
     program = load_program(source)
     if target is not None:
-        from vlmopt.storage import save
-
-        save(target)
+        program.save(target, overwrite=out.force)
+        out.progress(f"wrote {target}")
     out.print(_program_text(program), _program_json(source, program))
 
 
@@ -89,9 +88,8 @@ def run(out: Output, program: str, pipeline: str, verify: str, allow_no_match: b
     loaded = load_program(program)
     done = pipelines.run(program, loaded, text, verify=verify, allow_no_match=allow_no_match)
     if target is not None:
-        from vlmopt.storage import save
-
-        save(target)
+        loaded.save(target, overwrite=out.force)
+        out.progress(f"wrote {target}")
     shown = render(done.diff, done.heading, display=Display.SUMMARY)
     out.print(shown, diff_json(done.diff, done.heading), signed=True)
 
@@ -140,13 +138,12 @@ def diff(
     if (after is None) == (pipeline is None):
         raise click.UsageError("give either a second program or a pipeline (-p)")
     if after is not None:
-        result = compare(load_program(before), load_program(after))
+        result = compare(load_program(before, weights=False), load_program(after, weights=False))
         heading = Heading(before, after, reproduce=f"vlmopt diff {before} {after}")
     else:
         text = pipelines.read_pipeline(pipeline or "")
-        done = pipelines.run(
-            before, load_program(before), text, verify=verify, allow_no_match=allow_no_match
-        )
+        loaded = load_program(before, weights=False)
+        done = pipelines.run(before, loaded, text, verify=verify, allow_no_match=allow_no_match)
         result, heading = done.diff, done.heading
     shown = render(
         result,
@@ -171,13 +168,15 @@ def diff(
 )
 @click.argument("program")
 @click.option("-p", "--pipeline", help=pipelines.PIPELINE_HELP)
-@click.option("--opset", type=int, help="Version of the ONNX operator set.")
+@click.option(
+    "--opset", type=int, default=20, show_default=True, help="Version of the ONNX operator set."
+)
 @pipelines.pipeline_options
 def export(
     out: Output,
     program: str,
     pipeline: str | None,
-    opset: int | None,
+    opset: int,
     verify: str,
     allow_no_match: bool,
 ) -> None:
@@ -189,11 +188,8 @@ def export(
     if pipeline is not None:
         text = pipelines.read_pipeline(pipeline)
         pipelines.run(program, loaded, text, verify=verify, allow_no_match=allow_no_match)
-    chosen = {} if opset is None else {"opset": opset}
-    export_program(loaded, target, overwrite=out.force, **chosen)
-    names = sorted(path.relative_to(target).as_posix() for path in target.rglob("*.onnx"))
-    document = {"schema": SCHEMA, "folder": str(target), "files": names}
-    out.print("\n".join(f"{target}/{name}" for name in names), document)
+    report = export_program(loaded, target, opset=opset, overwrite=out.force)
+    out.print(report.text(), report.to_json())
 
 
 @command(app, examples="vlmopt demo\nvlmopt demo -q")

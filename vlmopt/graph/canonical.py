@@ -15,6 +15,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from vlmopt.errors import CaptureError
+from vlmopt.program import attach_attr
 
 aten = torch.ops.aten
 
@@ -55,7 +56,7 @@ def canonical_graph(
             copied = graph.node_copy(node, mapping.__getitem__)
         else:
             path = spec.target or f"constants.{node.name}"
-            _attach(root, path, _tensor_of(exported, spec))
+            attach_attr(root, path, _tensor_of(exported, spec))
             copied = graph.get_attr(path)
         copied.name = node.name
         copied.meta = dict(node.meta)
@@ -71,19 +72,6 @@ def _tensor_of(exported: torch.export.ExportedProgram, spec: Any) -> torch.Tenso
     if spec.kind is InputKind.BUFFER and spec.target in exported.state_dict:
         return exported.state_dict[spec.target]
     return exported.constants[spec.target]
-
-
-def _attach(root: torch.nn.Module, path: str, tensor: torch.Tensor) -> None:
-    *parents, leaf = path.split(".")
-    module = root
-    for name in parents:
-        if not hasattr(module, name):
-            module.add_module(name, torch.nn.Module())
-        module = getattr(module, name)
-    if isinstance(tensor, torch.nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
 
 
 def simplify(graph: fx.Graph) -> None:

@@ -5,7 +5,8 @@ Environment, read at each run:
 - ``VLMOPT_VERIFY``: default of ``verify``;
 - ``VLMOPT_DISABLE``: names of passes, separated by commas, that pipelines skip;
 - ``VLMOPT_DEBUG_DIR``: every run adds a numbered folder there, with the program as text after
-  each pass;
+  each pass, what each pass changed as a diff, and after a failure the program as a folder that
+  reproduces it;
 - ``VLMOPT_PRINT``: the same texts on stderr: ``all`` of them, those of passes that ``changed``
   something, or what one pass, given by its name, got and made.
 """
@@ -17,6 +18,7 @@ import hashlib
 import inspect
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,9 @@ from vlmopt.errors import (
     VerifyError,
     VlmoptError,
 )
+from vlmopt.graph.diff import diff
+from vlmopt.graph.diff_text import render
+from vlmopt.graph.snapshot import snapshot
 from vlmopt.graph.text import argument_text, stage_text, value_text
 from vlmopt.graph.verify import LEVELS, Level, verify_program
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Remark
@@ -168,6 +173,8 @@ def run_pipeline(
             for watching in observers:
                 watching.failed(program, one, index, error)
             where = _where(passes, index)
+            if folder is not None and folder.reproducer is not None:
+                where += f"\n  reproduce: {folder.reproducer}"
             if isinstance(error, VlmoptError):
                 _say_where(error, where)
                 raise
@@ -418,10 +425,15 @@ class _Printer:
 
 
 class _DebugFolder:
-    """Observer that writes every state of the program into a folder of its own."""
+    """Observer that writes every state of the program into a folder of its own.
+
+    Attributes:
+        reproducer: the command that repeats a failure.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.reproducer: str | None = None
 
     @classmethod
     def from_environment(cls, program: Program, text: str, uuid: str) -> _DebugFolder | None:
@@ -434,13 +446,25 @@ class _DebugFolder:
         return made
 
     def before_pass(self, program: Program, one: Pass, index: int) -> None:
-        """Nothing: the state is that after the pass before."""
+        self.before = snapshot(program)
 
     def after_pass(self, program: Program, one: Pass, index: int, record: PassRecord) -> None:
-        self._write(_file_name(one, index), _after_lines(program, one, record))
+        name = _file_name(one, index)
+        self._write(f"{name}.txt", _after_lines(program, one, record))
+        if record.result.changed:
+            self._write(f"{name}.diff", [render(diff(self.before, program))])
 
     def failed(self, program: Program, one: Pass, index: int, error: BaseException) -> None:
-        self._write(_file_name(one, index), _failed_lines(one, error))
+        name = _file_name(one, index)
+        self._write(f"{name}.txt", _failed_lines(one, error))
+        saved = self.folder / f"{name}-input"
+        try:
+            program.save(saved)
+        except (VlmoptError, OSError) as reason:  # the failure of the pass is the one to tell
+            self._write("reproduce.txt", [f"the program could not be saved: {reason}"])
+            return
+        self.reproducer = shlex.join(["vlmopt", "run", str(saved), "-p", str(one)])
+        self._write("reproduce.txt", [self.reproducer])
 
     def write_report(self, report: Report) -> None:
         self._write("report.json", [json.dumps(report.to_json(), indent=2)])
@@ -450,7 +474,7 @@ class _DebugFolder:
 
 
 def _file_name(one: Pass, index: int) -> str:
-    return f"{index + 1:03d}-{one.name}.txt"
+    return f"{index + 1:03d}-{one.name}"
 
 
 def _new_folder(root: Path) -> Path:
