@@ -70,6 +70,24 @@ def test_shared_weights_are_written_once_and_stay_shared(tmp_path: Path) -> None
     assert len(vlmopt.load(tmp_path / "p").named_weights()) == len(weights)
 
 
+def test_tensors_that_share_memory(tmp_path: Path) -> None:
+    class Views(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.randn(4, 4)
+            self.register_buffer("whole", whole)
+            self.register_buffer("part", whole[1:3])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.whole + self.part.sum()  # type: ignore[operator]
+
+    program = vlmopt.capture(Views(), (torch.ones(2, 4),))
+    program.save(tmp_path / "p")
+    x = torch.randn(2, 4)
+    wanted, got = program["model"], vlmopt.load(tmp_path / "p")["model"]
+    assert torch.equal(wanted.graph_module(x)[0], got.graph_module(x)[0])
+
+
 def test_without_weights_everything_but_running_works(tmp_path: Path) -> None:
     program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
     program.save(tmp_path / "p")

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmopt.exporting import export
     from vlmopt.pipeline.manager import run_pipeline
     from vlmopt.program import Program, Role
     from vlmopt.runtime.model import optimize
@@ -18,12 +19,13 @@ _WHERE = {
     "Program": "vlmopt.program",
     "Role": "vlmopt.program",
     "capture": "vlmopt.tracing",
+    "export": "vlmopt.exporting",
     "load": "vlmopt.storage",
     "optimize": "vlmopt.runtime.model",
     "run_pipeline": "vlmopt.pipeline.manager",
 }
 
-__all__ = ["Program", "Role", "capture", "load", "optimize", "run_pipeline"]
+__all__ = ["Program", "Role", "capture", "export", "load", "optimize", "run_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

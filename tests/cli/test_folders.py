@@ -1,0 +1,139 @@
+"""Commands on program folders: captured once, then rewritten, compared and exported from disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+
+from vlmopt.cli import main
+
+LLAVA = "tests.cli.test_folders:llava"
+PIPELINE = "v2drop{layers=1,3 keep=0.5}"
+
+
+def llava() -> Any:
+    return zoo.build("llava"), zoo.inputs("llava")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llava`` as captured, and ``fast`` after a pipeline."""
+    root = tmp_path_factory.mktemp("folders")
+    assert main(["capture", LLAVA, "-o", str(root / "llava"), "-q"]) == 0
+    run = ["run", str(root / "llava"), "-p", PIPELINE, "-o", str(root / "fast"), "-q"]
+    assert main(run) == 0
+    return root
+
+
+def test_two_folders_differ_as_the_pipeline_says(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = str(folders / "llava"), str(folders / "fast")
+    assert main(["diff", before, after, "--format", "json", "--exit-code"]) == 1
+    of_folders = json.loads(capsys.readouterr().out)
+    assert main(["diff", LLAVA, "-p", PIPELINE, "--format", "json"]) == 0
+    of_pipeline = json.loads(capsys.readouterr().out)
+    assert of_folders["stages"] == of_pipeline["stages"]
+    assert of_folders["matching"] == "name"
+    assert main(["diff", before, before, "--exit-code"]) == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "stats", "verify"])
+def test_looking_needs_no_weights(
+    folders: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "p"
+    shutil.copytree(folders / "fast", copy)
+    (copy / "weights.safetensors").unlink()
+    assert main([command, str(copy)]) == 0
+    assert "language_model" in capsys.readouterr().out
+
+
+def test_running_a_folder_against_another(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = str(folders / "llava")
+    same = str(tmp_path / "same")
+    assert main(["run", whole, "-p", "fold-constants", "-o", same, "-q"]) == 0
+    assert main(["verify", same, "--against", whole]) == 0
+    assert main(["verify", str(folders / "fast"), "--against", whole, "--semantics", "exact"]) == 5
+    capsys.readouterr()
+    copy = tmp_path / "changed"
+    shutil.copytree(folders / "llava", copy)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "weights.safetensors")
+    key = next(key for key in weights if key.endswith("lm_head.weight"))
+    save_file({**weights, key: weights[key] + 1}, copy / "weights.safetensors")
+    assert main(["verify", str(copy), "--against", whole]) == 5
+    assert "lm_head" in capsys.readouterr().out
+
+
+def test_export_from_a_folder(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "onnx"
+    assert main(["export", str(folders / "fast"), "-o", str(out), "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in document["stages"]][-1] == "decode"
+    assert all((out / stage["file"]).is_file() for stage in document["stages"])
+    assert max(max(stage["errors"].values()) for stage in document["stages"]) <= 1e-4
+
+
+def test_folders_are_not_overwritten(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = folders / "fast"
+    before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    arguments = ["run", str(folders / "llava"), "-p", PIPELINE, "-o", str(target)]
+    assert main(arguments) == 2
+    assert f"{target} exists; --force overwrites it" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == before
+    assert main([*arguments, "--force"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} != before
+    assert sorted(path.name for path in folders.iterdir()) == ["fast", "llava"]
+
+
+def test_a_folder_of_other_things_is_not_overwritten_even_by_force(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert (
+        main(["run", str(folders / "llava"), "-p", PIPELINE, "-o", str(tmp_path), "--force"]) == 4
+    )
+    assert "is not replaced: it is no folder with a program.json" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(tmp_path)]) == 4
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is no program folder: it holds no program.json" in error
+    assert "Traceback" not in error
+
+
+def test_a_failed_pass_leaves_a_reproducer(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("VLMOPT_DEBUG_DIR", str(tmp_path))
+    assert main(["run", str(folders / "fast"), "-p", "v2drop{layers=2 keep=0.5}"]) == 3
+    command = (tmp_path / "000" / "reproduce.txt").read_text().strip()
+    assert f"reproduce: {command}" in capsys.readouterr().err
+    monkeypatch.delenv("VLMOPT_DEBUG_DIR")
+    assert main(["run", command.split()[2], "-p", "v2drop{layers=2 keep=0.5}"]) == 3
+
+
+def test_an_exported_program_with_example_inputs_can_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = torch.export.export(torch.nn.Linear(4, 2), (torch.ones(3, 4),))
+    torch.export.save(exported, tmp_path / "linear.pt2")
+    assert main(["inspect", str(tmp_path / "linear.pt2")]) == 0
+    assert "linear" in capsys.readouterr().out
