@@ -95,14 +95,18 @@ def test_what_is_imported_is_declared(pyproject: dict[str, Any]) -> None:
         for extra in ("diffusers", "openvino", "triton")
         for requirement in project["optional-dependencies"][extra]
     ]
-    declared = {re.split(r"[^A-Za-z0-9-]", text)[0].lower() for text in requirements}
+    declared = {_plain(re.split(r"[^A-Za-z0-9_-]", text)[0]) for text in requirements}
     distributions = packages_distributions()
     undeclared = {
         name
         for name in imported_modules() - sys.stdlib_module_names - {"vlmopt"}
-        if declared.isdisjoint(map(str.lower, [name, *distributions.get(name, [])]))
+        if declared.isdisjoint(map(_plain, [name, *distributions.get(name, [])]))
     }
     assert undeclared == set()
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 def imported_modules() -> set[str]:

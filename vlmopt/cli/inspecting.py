@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import fx
 
     from vlmopt.graph.compare import Comparison
+    from vlmopt.graph.verify import Level
     from vlmopt.pipeline.passes import Pass, Semantics
     from vlmopt.program import Program, Stage
 
@@ -210,7 +211,7 @@ def stats(
     programs: Sequence[str],
     pipeline: str | None,
     operators: bool,
-    verify: str,
+    verify: Level,
     allow_no_match: bool,
 ) -> None:
     """FLOPs, bytes, weights, cache, tokens per layer and operators of PROGRAMS side by side.
@@ -252,7 +253,7 @@ def stats(
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the inputs.")
 def verify(
-    out: Output, program: str, against: str | None, level: str, semantics: str | None, seed: int
+    out: Output, program: str, against: str | None, level: Level, semantics: str | None, seed: int
 ) -> ExitCode:
     """Check the invariants of PROGRAM; with --against, its outputs too."""
     from vlmopt.graph.compare import compare_programs
@@ -260,7 +261,7 @@ def verify(
     from vlmopt.pipeline.passes import Semantics
 
     loaded = load_program(program, weights=against is not None)
-    verify_program(loaded, level)  # type: ignore[arg-type]
+    verify_program(loaded, level)
     text = f"{program}: all invariants hold ({level}; stages {', '.join(loaded.stages)})"
     document: dict[str, Any] = {"schema": SCHEMA, "program": program, "level": level, "ok": True}
     if against is None:

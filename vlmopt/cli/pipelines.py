@@ -16,10 +16,12 @@ from vlmopt.errors import ArtifactError
 if TYPE_CHECKING:
     from vlmopt.graph.diff import ProgramDiff
     from vlmopt.graph.diff_text import Heading, PassLine
+    from vlmopt.graph.verify import Level
     from vlmopt.pipeline.passes import Semantics
     from vlmopt.program import Program
 
-LEVELS = ("off", "lint", "full")
+
+LEVELS: tuple[Level, ...] = ("off", "lint", "full")  # as there, without importing torch
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def read_pipeline(text: str) -> str:
 
 
 def run(
-    source: str, program: Program, pipeline: str, *, verify: str, allow_no_match: bool
+    source: str, program: Program, pipeline: str, *, verify: Level, allow_no_match: bool
 ) -> PipelineRun:
     """Apply a pipeline to ``program``, in place, and compare."""
     from vlmopt.graph.diff import diff

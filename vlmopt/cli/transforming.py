@@ -13,6 +13,7 @@ from vlmopt.cli.output import ExitCode, Output, command
 from vlmopt.cli.source import SOURCE_HELP, load_program
 
 if TYPE_CHECKING:
+    from vlmopt.graph.verify import Level
     from vlmopt.program import Program
 
 SCHEMA = 1
@@ -79,7 +80,7 @@ def _program_json(source: str, program: Program) -> dict[str, Any]:
 @click.argument("program")
 @click.option("-p", "--pipeline", required=True, help=pipelines.PIPELINE_HELP)
 @pipelines.pipeline_options
-def run(out: Output, program: str, pipeline: str, verify: str, allow_no_match: bool) -> None:
+def run(out: Output, program: str, pipeline: str, verify: Level, allow_no_match: bool) -> None:
     """Apply a pipeline to PROGRAM and print what it did and saves."""
     from vlmopt.graph.diff_text import Display, diff_json, render
 
@@ -128,7 +129,7 @@ def diff(
     only: str | None,
     module: str | None,
     exit_code: bool,
-    verify: str,
+    verify: Level,
     allow_no_match: bool,
 ) -> ExitCode:
     """What changed: between two programs, or in one by a pipeline (-p)."""
@@ -177,7 +178,7 @@ def export(
     program: str,
     pipeline: str | None,
     opset: int,
-    verify: str,
+    verify: Level,
     allow_no_match: bool,
 ) -> None:
     """Export PROGRAM to ONNX, one file per stage."""

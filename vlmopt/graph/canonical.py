@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -104,7 +104,7 @@ def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
     The packed form has one row per True of the whole batch: its length is only known at run time,
     and a token axis cannot be followed through it.
     """
-    arguments: Any = node.args
+    arguments = cast("tuple[Any, ...]", node.args)
     base, indices, values = arguments[:3]
     accumulate = arguments[3] if len(arguments) > 3 else False
     if accumulate or len(indices) != 1 or indices[0] is None:
@@ -112,7 +112,9 @@ def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
     mask = indices[0]
     if mask.meta["val"].dtype != torch.bool or values.target is not aten.add.Tensor:
         return
-    read = [a for a in values.args if isinstance(a, fx.Node) and a.target is aten.index.Tensor]
+    read: list[Any] = [
+        a for a in values.args if isinstance(a, fx.Node) and a.target is aten.index.Tensor
+    ]
     if len(read) != 1 or values.kwargs:
         return
     source, source_indices = read[0].args[:2]

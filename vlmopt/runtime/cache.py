@@ -32,7 +32,7 @@ class RaggedCache(DynamicCache):
         """Tokens seen so far: positions and masks count the dropped ones too."""
         return self.seen
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.kept = {k: v.index_select(0, beam_idx.to(v.device)) for k, v in self.kept.items()}
 
