@@ -12,6 +12,7 @@ import zoo
 from torch import nn
 
 import vlmopt
+from tests.toys import Block
 from vlmopt.errors import CaptureError
 from vlmopt.graph.text import stage_text
 from vlmopt.graph.verify import verify_program
@@ -129,6 +130,36 @@ def test_a_plain_module_is_one_stage_with_the_roles_that_are_given() -> None:
     assert [port.role for port in program["model"].inputs] == [Role.INPUTS_EMBEDS]
     value = torch.randn(3, 4)
     assert program["model"].graph_module(value)[0].shape == (3, 2)
+
+
+def test_a_plain_module_that_is_told_its_modality() -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block(16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Told().eval(), torch.randn(2, 6, 16)
+    modality = torch.tensor([[1, 2, 2, 2, 2, 1]] * 2)
+    program = vlmopt.capture(model, (x, modality), roles={"modality": Role.MODALITY})
+    assert program["model"].facts["visual_tokens"] == [4, 4]
+    vlmopt.run_pipeline(program, "v2drop{layers=1 keep=0.5}")
+    with torch.no_grad():
+        out, kept = program["model"].graph_module(x, modality)
+        before = model.layers[0](x)
+        score = (before - x).norm(dim=-1)
+        best = score[:, 1:5].topk(2).indices.sort().values + 1
+        slots = torch.cat([torch.zeros(2, 1), best, torch.full((2, 1), 5)], 1).long()
+        wanted = before.gather(1, slots[..., None].expand(-1, -1, 16))
+        for layer in model.layers[1:]:
+            wanted = layer(wanted)
+    assert torch.equal(kept, slots)
+    assert (out - wanted).abs().max() <= 1e-6
 
 
 def test_a_plain_module_without_weights() -> None:

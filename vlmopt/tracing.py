@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from vlmopt import families
 from vlmopt.errors import CaptureError, VlmoptError
 from vlmopt.graph.canonical import canonical_graph
+from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.program import Modality, Port, Program, Role, Stage
 from vlmopt.rewrite.emit import propagate
 
@@ -106,6 +107,9 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
                 _measure_past_by_mask(stages[name])
         if "language_model" in stages and any(facts.get("visual_tokens", ())):
             _add_modality(stages["language_model"], facts)
+            if len(set(facts["visual_tokens"])) == 1:  # else fillers may have to be hidden
+                drop_constant_masks(stages["language_model"].graph)
+                stages["language_model"].graph_module.recompile()
     order = list(dict.fromkeys(families.STAGE_NAMES.values()))
     ordered = sorted(
         stages.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1
@@ -276,7 +280,19 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
             f"stage {name} ({type(module).__name__}) cannot be traced: {_cause(error)}",
             hint="run with -v for the tracer's own message",
         ) from error
-    return _stage(name, graph_module, leaves, exported.call_spec)
+    stage = _stage(name, graph_module, leaves, exported.call_spec)
+    _drop_unread_inputs(stage)
+    return stage
+
+
+def _drop_unread_inputs(stage: Stage) -> None:
+    """Inputs that Python code read and no operator does; the mask may be needed by a pass."""
+    for port in stage.inputs:
+        node = stage.placeholder(port)
+        if not node.users and port.role is not Role.ATTENTION_MASK:
+            stage.graph.erase_node(node)
+            stage.inputs = tuple(one for one in stage.inputs if one is not port)
+    stage.graph_module.recompile()
 
 
 def _decode_shapes(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -345,10 +361,6 @@ def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: An
     graph = graph_module.graph
     graph.output_node().args = (tuple(values[index] for index in kept),)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    for node in graph.find_nodes(op="placeholder"):
-        role = by_name[node.name].role if node.name in by_name else None
-        if not node.users and role is not Role.ATTENTION_MASK:
-            graph.erase_node(node)
     inputs = tuple(by_name.get(n.name, Port(n.name)) for n in graph.find_nodes(op="placeholder"))
     graph_module.recompile()
     outputs = tuple(_rename(found[index], index) for index in kept)
@@ -393,16 +405,18 @@ def _prompt_facts(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     ids = inputs.get("input_ids")
     if ids is None:
         return {}
-    modality = modality_of(
-        ids, inputs.get("attention_mask"), families.visual_token_ids(model.config)
+    return _modality_facts(
+        modality_of(ids, inputs.get("attention_mask"), families.visual_token_ids(model.config))
     )
 
+
+def _modality_facts(modality: torch.Tensor) -> dict[str, Any]:
     def counts(kind: int) -> list[int]:
         return [int(n) for n in (modality == kind).sum(1)]
 
     return {
-        "batch": ids.shape[0],
-        "tokens": ids.shape[1],
+        "batch": modality.shape[0],
+        "tokens": modality.shape[1],
         "visual_tokens": counts(Modality.VISION),
         "text_tokens": counts(Modality.TEXT),
         "padding_tokens": counts(Modality.PADDING),
@@ -447,6 +461,10 @@ def _capture_plain(model: nn.Module, inputs: Inputs, roles: Mapping[str, Role]) 
     stage.inputs = tuple(
         Port(port.name, roles.get(port.name, port.role), port.layer) for port in stage.inputs
     )
+    names = [port.name for port in stage.inputs]
+    for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+        if roles.get(name) is Role.MODALITY:
+            stage.facts.update(_modality_facts(value))
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
     return Program(
         {"model": stage},
