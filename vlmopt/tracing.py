@@ -12,8 +12,10 @@ import copy
 import logging
 import operator
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -449,7 +451,7 @@ def _capture_plain(model: nn.Module, inputs: Inputs, roles: Mapping[str, Role]) 
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced by torch.export: {_cause(error)}",
-            hint="torch.export.export(model, args) must work; see its message above",
+            hint="torch.export.export(model, args) must work: no decision may depend on values",
         ) from error
     stage = _stage("model", graph_module, leaves, exported.call_spec)
     unknown = set(roles) - {port.name for port in stage.inputs}
@@ -474,11 +476,18 @@ def _capture_plain(model: nn.Module, inputs: Inputs, roles: Mapping[str, Role]) 
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the innermost cause: exporters wrap the one message that matters."""
+    """The first line of the innermost cause, and the line of the model that ran into it."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    libraries = tuple(
+        str(Path(module.__file__).parent) for module in (torch, sys.modules[__name__])
+    )
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*libraries, "<")):
+            return f"{text} ({Path(frame.filename).name}:{frame.lineno})"
+    return text
 
 
 @contextlib.contextmanager

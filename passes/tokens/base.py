@@ -71,8 +71,10 @@ class TokenDrop(Pass):
         keep: tuple[float | int, ...] = self.keep  # type: ignore[attr-defined]
         if len(keep) not in (1, len(layers)):
             raise OptionError(
-                f"{self.name}: option keep has {len(keep)} values for {len(layers)} layers",
-                hint="give one value, or one per layer",
+                f"{self.name}: option keep has {len(keep)} values for "
+                f"{len(layers)} layer{'s' if len(layers) != 1 else ''}",
+                hint="give one value, or one per layer: "
+                f"{self.name}{{layers={','.join(map(str, layers))} keep=0.5}}",
             )
         return list(zip(layers, keep if len(keep) > 1 else keep * len(layers), strict=True))
 

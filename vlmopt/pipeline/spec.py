@@ -72,17 +72,23 @@ def _build(name: str, options: _Options) -> Pass:
     for key, items in options:
         check_names(cls, [key])
         if key in values:
-            raise OptionError(f"{name}: option {key} is given twice")
+            raise OptionError(f"{name}: option {key} is given twice", hint="give it once")
         values[key] = option_from_text(cls, key, items)
     for field in dataclasses.fields(cls):
         if field.init and field.name not in values and _is_required(field):
-            raise OptionError(f"{name}: option {field.name} is missing; it has no default")
+            raise OptionError(
+                f"{name}: option {field.name} is missing; it has no default",
+                hint=f"write {name}{{{field.name}=...}}",
+            )
     return cls(**values)
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
+
+
+_EXAMPLE = "a pipeline looks like v2drop{layers=3 keep=0.5} | fold-constants"
 
 
 class _Parser:
@@ -191,7 +197,7 @@ class _Parser:
             hint="write {a=1 b=2}; a comma separates the items of a list, as in {a=1,2}",
         )
 
-    def fail(self, what: str, *, hint: str | None = None) -> NoReturn:
+    def fail(self, what: str, *, hint: str = _EXAMPLE) -> NoReturn:
         """Raise, with the line in question and a caret under the character."""
         start = self.text.rfind("\n", 0, self.at) + 1
         line = self.text[start:].split("\n", 1)[0].replace("\t", " ")
