@@ -481,11 +481,9 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"
-    libraries = tuple(
-        str(Path(module.__file__).parent) for module in (torch, sys.modules[__name__])
-    )
+    beside = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((*libraries, "<")):
+        if not frame.filename.startswith(beside):
             return f"{text} ({Path(frame.filename).name}:{frame.lineno})"
     return text
 
