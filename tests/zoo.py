@@ -273,9 +273,14 @@ def build(name: str, *, layers: int = 4, seed: int = 0) -> Any:
 
 
 def inputs(
-    name: str, *, batch: int = 1, text: tuple[int, ...] = (), seed: int = 0
+    name: str,
+    *,
+    batch: int = 1,
+    text: tuple[int, ...] = (),
+    images: tuple[int, ...] = (),
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Generate-style inputs of ``batch`` samples with one image each.
+    """Generate-style inputs of ``batch`` samples with ``images[b]`` images (default one) each.
 
     Sample ``b`` has ``text[b]`` text tokens after its image (default ``6 + 2 * b``), so batches are
     left-padded. Returns ``input_ids``, ``attention_mask`` (int64 ``[batch, length]``) and the
@@ -285,15 +290,17 @@ def inputs(
     generator = torch.Generator().manual_seed(seed + 1)
     text = text or tuple(6 + 2 * b for b in range(batch))
     rows = []
-    for count in text:
+    images = images or (1,) * len(text)
+    for count, shown in zip(text, images, strict=True):
         before = torch.randint(8, VOCAB, (2,), generator=generator).tolist()
         after = torch.randint(8, VOCAB, (count,), generator=generator).tolist()
         # Qwen models find images by the vision-start token before them
-        rows.append([1, *before, 6, *([IMAGE] * family.image_tokens), 7, *after])
+        image = [6, *([IMAGE] * family.image_tokens), 7]
+        rows.append([1, *before, *(image * shown), *after])
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    batch_inputs = {"input_ids": ids, "attention_mask": mask, **family.pixels(batch, seed)}
+    batch_inputs = {"input_ids": ids, "attention_mask": mask, **family.pixels(sum(images), seed)}
     if name == "gemma3" or name.startswith("qwen"):
         batch_inputs["mm_token_type_ids" if name != "gemma3" else "token_type_ids"] = (
             ids == IMAGE

@@ -8,30 +8,31 @@ steps go to the rewritten decode stage; everything else runs as it was.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from vlmopt import families
-from vlmopt.tracing import capture, modality_of
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
+from vlmopt.tracing import capture, modality_of
 
 _log = logging.getLogger("vlmopt")
 
 BACKENDS = ("inductor", "eager")
 
 
-def optimize(
-    model: nn.Module, inputs: Any, passes: str, *, backend: str = "inductor"
-) -> Any:
+def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "inductor") -> Any:
     """Capture ``model``, rewrite it by ``passes``, compile it.
 
     Args:
@@ -66,7 +67,7 @@ def optimize(
 
 
 class OptimizedModule(nn.Module):
-    """A captured plain module, rewritten and compiled; takes and returns what it was traced with."""
+    """A captured plain module, rewritten and compiled; called as the module was."""
 
     def __init__(self, program: Program, report: Report, backend: str) -> None:
         super().__init__()
@@ -173,6 +174,9 @@ def _arguments(stage: Stage, values: Mapping[str, Any]) -> list[torch.Tensor]:
 class Engine:
     """Specialisations of one model, made when a prompt of a new shape appears.
 
+    They are kept for as long as the engine lives: weights are shared, so each costs its graphs and
+    compiled code only. Threads may generate at the same time.
+
     Attributes:
         twin: the drop-in model.
         passes: pipeline text.
@@ -184,15 +188,15 @@ class Engine:
         self.passes = passes
         self.backend = backend
         self.specialisations: dict[_Key, Specialisation] = {}
-        self._prompt: tuple[torch.Tensor, dict[str, Any]] | None = None
-        self.twin = _twin(model, model.get_decoder(), _Prefill(self, model.get_decoder()))
+        self._running = threading.local()  # the prompt, between the model's forward and decoder's
+        decoder = model.get_decoder()
+        self.twin, inner = _twin(model, decoder)
         self.twin.vlmopt = self
-
-        @functools.wraps(model.forward)  # generate() reads the signature
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        self.twin.forward = forward
+        # generate() reads the signatures
+        self.twin.forward = update_wrapper(partial(self._forward), model.forward)
+        inner.forward = update_wrapper(partial(self._decoder_forward), decoder.forward)
+        self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
+        self.twin.train = self._train
 
     @property
     def program(self) -> Program:
@@ -215,25 +219,63 @@ class Engine:
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(cache, RaggedCache):
             return self._step(ids, cache, kwargs)
-        if kwargs.get("labels") is not None:
-            raise PreconditionError(
-                "an optimized model returns logits for the tokens left, which labels do not match",
-                hint="train through torch.compile(model, backend='vlmopt'), which drops the labels "
-                "of dropped tokens too",
-            )
         original = type(self.model).forward
         if ids is None:
+            warnings.warn(
+                "vlmopt: a prompt given as embeddings does not show which tokens come from vision, "
+                "so it runs as in the original model; give input_ids",
+                stacklevel=2,
+            )
             return original(self.twin, *args, **kwargs)
         visual = families.visual_token_ids(self.model.config)
         modality = modality_of(ids, kwargs.get("attention_mask"), visual)
-        named = {**kwargs, "input_ids": ids}
-        self._prompt = (modality, named)
+        if bool((modality == Modality.VISION).any()):
+            self._require_supported(kwargs)
+        self._running.prompt = (modality, {**kwargs, "input_ids": ids})
         try:
-            return original(self.twin, *args, **kwargs)
+            result = original(self.twin, *args, **kwargs)
         finally:
-            self._prompt = None
+            self._running.prompt = None
+        if kwargs.get("use_cache") is False and not isinstance(result, tuple):
+            result.past_key_values = None
+        return result
 
-    def _step(self, ids: torch.Tensor, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
+    def _require_supported(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what the rewritten graphs would silently not do."""
+        for flag in ("output_attentions", "output_hidden_states"):
+            chosen = kwargs.get(flag)
+            if getattr(self.model.config, flag, False) if chosen is None else chosen:
+                raise PreconditionError(
+                    f"an optimized model does not return what {flag} asks for",
+                    hint="ask the original model",
+                )
+        if kwargs.get("labels") is not None:
+            raise PreconditionError(
+                "an optimized model returns logits for the tokens left, which labels do not match",
+                hint="take the loss of the original model, or train through torch.compile",
+            )
+        if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+            raise PreconditionError(
+                "logits_to_keep lists tokens by position, and an optimized model drops some",
+                hint="give a number: that many last tokens",
+            )
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and cache.is_compileable:
+            raise PreconditionError(
+                f"a {type(cache).__name__} holds equally many tokens in each layer, and an "
+                "optimized model does not",
+                hint="generate without cache_implementation",
+            )
+
+    def _train(self, mode: bool = True) -> Any:
+        if mode:
+            raise PreconditionError(
+                "an optimized model is captured in eval mode and cannot be trained",
+                hint="train the original, or torch.compile(model, backend='vlmopt', options=...)",
+            )
+        return self.twin
+
+    def _step(self, ids: torch.Tensor | None, cache: RaggedCache, kwargs: dict[str, Any]) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         if ids is None or ids.shape[1] != 1:
@@ -249,11 +291,21 @@ class Engine:
         logits = cache.made_by.decode(values, cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
-    def prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
+    def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        result = self._prefill(kwargs) if not args else None
+        if result is None:
+            return self.model.get_decoder().forward(*args, **kwargs)
+        hidden, cache = result
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
         """Run a prompt on the rewritten stage; ``None`` when it holds no visual tokens."""
-        if self._prompt is None:
+        prompt = getattr(self._running, "prompt", None)
+        if prompt is None:
             return None
-        modality, inputs = self._prompt
+        modality, inputs = prompt
         visual = tuple(int(n) for n in (modality == Modality.VISION).sum(1))
         past = kwargs.get("past_key_values")
         if not any(visual) or (past is not None and past.get_seq_length() > 0):
@@ -274,28 +326,12 @@ class Engine:
         return specialisation.prefill(values)
 
 
-class _Prefill(nn.Module):
-    """Stands where the decoder was."""
-
-    def __init__(self, engine: Engine, decoder: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "engine", engine)  # not a child: the engine holds the model
-        object.__setattr__(self, "decoder", decoder)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "decoder"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        result = self.engine.prefill(kwargs) if not args else None
-        if result is None:
-            return self.decoder(*args, **kwargs)
-        hidden, cache = result
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+def _refuse_to_move(*args: Any, **kwargs: Any) -> Any:
+    raise PreconditionError(
+        "an optimized model shares its weights with the original, and its graphs are made for "
+        "their type and device: it cannot be copied, moved or cast",
+        hint="copy, move or cast the original, then optimize that",
+    )
 
 
 def _positions(
@@ -339,16 +375,15 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves({str(i): item for i, item in enumerate(value)}, f"{name}_")
 
 
-def _twin(model: Any, inner: nn.Module, replacement: nn.Module) -> Any:
-    """A shallow copy of ``model`` with ``inner`` replaced; ``model`` itself stays as it is."""
+def _twin(model: Any, inner: nn.Module) -> tuple[Any, Any]:
+    """Shallow copies of ``model`` and, in its place within it, of ``inner``.
+
+    The originals stay as they are; everything else, weights included, is shared.
+    """
     path = next(name for name, module in model.named_modules() if module is inner)
-    twin = copy.copy(model)
-    module = twin
-    *parents, leaf = path.split(".")
-    module._modules = dict(module._modules)
-    for name in parents:
+    twin = module = copy.copy(model)
+    for name in path.split("."):
+        module._modules = dict(module._modules)
         module._modules[name] = copy.copy(module._modules[name])
         module = module._modules[name]
-        module._modules = dict(module._modules)
-    module._modules[leaf] = replacement
-    return twin
+    return twin, module
