@@ -42,6 +42,52 @@ def test_dropping_equals_masking(family: str, batch: int) -> None:
     assert lengths[0] > lengths[1] == lengths[2] > lengths[3]
 
 
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_the_input_of_the_first_layer_can_be_cut(family: str) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=2)
+    number = (inputs["input_ids"] == zoo.IMAGE).long().cumsum(1) - 1
+
+    def score(layer: int, *_: torch.Tensor) -> torch.Tensor:
+        return RandomDrop(seed=5).score(number)
+
+    oracle = MaskOracle(model, inputs["input_ids"] == zoo.IMAGE, {0: 0.5}, score)
+    with torch.no_grad(), oracle.active():
+        reference = model(**inputs).logits
+    text = "random-drop{layers=0 keep=0.5 seed=5}"
+    optimized = vlmopt.optimize(model, inputs, text, backend="eager")
+    with torch.no_grad():
+        out = optimized(**inputs)
+    kept = out.past_key_values.kept["kept_1_slots"]
+    assert [torch.nonzero(row)[:, 0].tolist() for row in oracle.present] == kept.tolist()
+    wanted = reference.gather(1, kept[..., None].expand(-1, -1, reference.shape[-1]))
+    real = inputs["attention_mask"].gather(1, kept).bool()
+    assert (out.logits - wanted)[real].abs().max() <= 1e-5
+    assert len({layer.keys.shape[2] for layer in out.past_key_values.layers}) == 1
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_bfloat16_models_score_in_float32(family: str) -> None:
+    model = zoo.build(family).bfloat16()
+    inputs = zoo.inputs(family, batch=2)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    oracle = MaskOracle(model, inputs["input_ids"] == zoo.IMAGE, {1: 0.5})
+    with torch.no_grad(), oracle.active():
+        reference = model(**inputs).logits
+    optimized = vlmopt.optimize(model, inputs, "v2drop{layers=1 keep=0.5}", backend="eager")
+    with torch.no_grad():
+        out = optimized(**inputs)
+    nodes = optimized.vlmopt.program["language_model"].graph.nodes
+    scores = [node for node in nodes if node.name == "v2drop_score"]
+    assert [node.meta["val"].dtype for node in scores] == [torch.float32]
+    kept = out.past_key_values.kept["kept_1_slots"]
+    assert [torch.nonzero(row)[:, 0].tolist() for row in oracle.present] == kept.tolist()
+    wanted = reference.gather(1, kept[..., None].expand(-1, -1, reference.shape[-1]))
+    real = inputs["attention_mask"].gather(1, kept).bool()
+    assert out.logits.dtype == torch.bfloat16
+    # other shapes round otherwise: some units in the last place of bfloat16, 2**-8 of the value
+    assert (out.logits - wanted)[real].abs().max() <= 0.04 * reference.abs().max()
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", "qwen3_vl"])
 def test_a_batch_equals_its_samples(family: str) -> None:
     model, inputs = zoo.build(family), zoo.inputs(family, batch=2, text=(6, 6))
