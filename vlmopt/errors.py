@@ -74,8 +74,7 @@ class NoMatchError(VlmoptError):
 
 
 class UnsupportedOperatorError(VlmoptError):
-    """A token axis reaches an operator that has no rule, or that mixes tokens in a way that
-    dropping some would change."""
+    """A token axis reaches an operator without a rule, or one that dropping tokens would change."""
 
 
 class PassFailed(VlmoptError):  # noqa: N818 - the field's term for it

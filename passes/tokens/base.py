@@ -121,13 +121,14 @@ class TokenDrop(Pass):
         )
         nodes = {name: _NODES[name](layers, layer) for name in self.reads if name in _NODES}
 
-        def choose(modality: Tensor, length: Any, *values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def choose(
+            modality: Tensor, length: Any, *values: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor | None]:
             visual = modality == Modality.VISION
             given = dict(zip(nodes, values, strict=True), ordinal=select.ordinal(visual))
             score = self.score(*(given[name] for name in self.reads)).float()
             if len(set(quotas)) == 1 and len(set(site.visual)) == 1:
-                slots = select.keep_best(score, visual, length)
-                return score, slots, torch.ones_like(slots, dtype=torch.bool)
+                return score, select.keep_best(score, visual, length), None
             count = visual.sum(1, keepdim=True)
             slots, valid = select.keep_best_ragged(
                 score, visual, modality == Modality.PADDING, quota_of(count, keep), length

@@ -66,14 +66,16 @@ def find_layers(stage: Stage, *, after: fx.Node | None = None) -> Layers:
         PreconditionError: the stage has no repeated blocks, or more than one value flows from
             block to block.
     """
-    blocks: dict[str, dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
-    downstream = _reachable(after) if after is not None else None
-    for node in stage.graph.nodes:
-        if node.op != "call_function" or (downstream is not None and node not in downstream):
-            continue
-        place = layer_of(node)
-        if place is not None:
-            blocks[place[0]][place[1]].append(node)
+    places = {
+        node: place
+        for node in stage.graph.nodes
+        if node.op == "call_function" and (place := layer_of(node)) is not None
+    }
+    considered = places.keys() if after is None else places.keys() & _reachable(after)
+    blocks: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for node in considered:
+        name, index = places[node]
+        blocks[name][index] += 1
     repeated = {name: layers for name, layers in blocks.items() if len(layers) > 1}
     candidates = repeated or blocks
     if not candidates:
@@ -81,17 +83,14 @@ def find_layers(stage: Stage, *, after: fx.Node | None = None) -> Layers:
             f"stage {stage.name} has no layers: no module path such as 'layers.3' in its nodes",
             hint="token passes need a model whose decoder is a ModuleList of blocks",
         )
-    container = max(candidates, key=lambda name: sum(map(len, candidates[name].values())))
-    layers = candidates[container]
-    of = {node: index for index, nodes in layers.items() for node in nodes}
-    if downstream is not None:  # the part of a block that does not depend on the anchor
-        for node in stage.graph.nodes:
-            if node.op == "call_function" and node not in of and layer_of(node) is not None:
-                place = layer_of(node)
-                if place is not None and place[0] == container:
-                    of[node] = place[1]
-    order = sorted(layers)
-    entries = [_entry(stage, of, index, previous) for previous, index in zip([None, *order], order, strict=False)]
+    container = max(candidates, key=lambda name: (sum(candidates[name].values()), name))
+    order = sorted(candidates[container])
+    # with the part of each block that does not depend on ``after``
+    of = {node: index for node, (name, index) in places.items() if name == container}
+    entries = [
+        _entry(stage, of, index, previous)
+        for previous, index in zip([None, *order], order, strict=False)
+    ]
     return Layers(container, tuple(entries), of)
 
 

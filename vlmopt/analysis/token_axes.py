@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from vlmopt.errors import UnsupportedOperatorError
+from vlmopt.graph import operators  # noqa: F401 - registers vlmopt::kept_tokens
 
 aten = torch.ops.aten
 
@@ -199,7 +200,8 @@ class _Rule:
             raise self.refuse("a token axis reaches this operator, which has no rule")
         result = rule(self)
         if isinstance(result, list):
-            return result if any(r is not None and any(map(has_tokens, r)) for r in result) else None
+            counted = any(part is not None and any(map(has_tokens, part)) for part in result)
+            return result if counted else None
         if result is None or not any(map(has_tokens, result)):
             return None
         self._check(result)
@@ -314,7 +316,6 @@ def _same(rule: _Rule) -> Dims | None:
 @_rule(aten.sym_size.int, aten._assert_async.msg)
 def _no_tensor(rule: _Rule) -> None:
     """Sizes read off a value follow it by themselves."""
-    return None
 
 
 @_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -363,6 +364,11 @@ def _expand(rule: _Rule) -> Dims:
         else:
             result.append((size,) if grows else dim)
     return tuple(result)
+
+
+@_rule(torch.ops.vlmopt.kept_tokens.default)
+def _kept_tokens(rule: _Rule) -> Dims:
+    return rule.dims(rule.node.args[0])[:2]  # type: ignore[arg-type]
 
 
 @_rule(aten.permute.default)
@@ -611,6 +617,7 @@ def _attention(rule: _Rule) -> Dims:
     aten.all.dim,
     aten.prod.dim_int,
     aten.var.correction,
+    aten.var.dim,
     aten.logsumexp.default,
     aten.linalg_vector_norm.default,
     aten.argmax.default,
@@ -619,7 +626,7 @@ def _attention(rule: _Rule) -> Dims:
 def _reduce(rule: _Rule) -> Dims:
     """Pooling over tokens pools over those that are left."""
     source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
-    names = {aten.linalg_vector_norm.default: (2, 3)}
+    names = {aten.linalg_vector_norm.default: (2, 3), aten.var.dim: (1, 3)}
     at, keep_at = names.get(rule.node.target, (1, 2))
     dims = rule.number(at, "dim")
     keep = rule.number(keep_at, "keepdim", False)
@@ -636,7 +643,7 @@ def _reduce(rule: _Rule) -> Dims:
     return tuple(dim for index, dim in enumerate(source) if index not in gone)
 
 
-@_rule(aten.sum.default, aten.mean.default, aten.amax.default)
+@_rule(aten.sum.default, aten.mean.default, aten.max.default, aten.min.default)
 def _reduce_all(rule: _Rule) -> Dims:
     return ()
 
@@ -650,6 +657,34 @@ def _norm(rule: _Rule) -> Dims | list[Dims | None]:
     if isinstance(rule.node.meta["val"], (tuple, list)):
         return [source, None]
     return source
+
+
+@_rule(aten.argsort.default, aten.argsort.stable)
+def _argsort(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    stable = rule.node.target is aten.argsort.stable
+    if has_tokens(source[rule.node.kwargs.get("dim", -1) if stable else rule.number(1, "dim", -1)]):
+        raise rule.refuse("returns the position of a token")
+    return source
+
+
+@_rule(aten.glu.default)
+def _glu(rule: _Rule) -> Dims:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    axis = rule.number(1, "dim", -1) % len(source)
+    if has_tokens(source[axis]):
+        raise rule.refuse("works along the token axis")
+    return (*source[:axis], (shape_of(rule.node)[axis],), *source[axis + 1 :])
+
+
+@_rule(aten.index_select.default)
+def _index_select(rule: _Rule) -> Dims:
+    source, dim, index = rule.node.args[:3]
+    axis = rule.axis(source, dim)  # type: ignore[arg-type]
+    have = rule.dims(source)  # type: ignore[arg-type]
+    if has_tokens(have[axis]) or rule.inside(index):
+        raise rule.refuse("reads tokens by position")
+    return (*have[:axis], (shape_of(rule.node)[axis],), *have[axis + 1 :])
 
 
 @_rule(aten.cumsum.default, aten.cumprod.default, aten.flip.default, aten.roll.default)
@@ -722,7 +757,8 @@ def _scatter_part(rule: _Rule) -> Dims:
         for d, p in zip(have, piece, strict=True)
     )
     rule.demand(base, merged)
-    wanted = merged if rule.node.target is aten.slice_scatter.default else (*merged[:dim], *merged[dim + 1 :])
+    whole = rule.node.target is aten.slice_scatter.default
+    wanted = merged if whole else (*merged[:dim], *merged[dim + 1 :])
     if not rule.inside(part):
         sized = [
             (size,) if not (has_tokens(d) or is_batch(d)) else d
@@ -794,13 +830,16 @@ def _absorb_layout(axes: TokenAxes, starts: Mapping[fx.Node, Dims]) -> None:
     """Move the frontier up through views that only the region uses.
 
     Models reshape cos, sin and masks anew in every layer; reducing their common source needs one
-    gather instead of one per layer.
+    gather instead of one per layer. Views from before the starting points stay: what the method
+    selects is not known there yet.
     """
     changed = True
     while changed:
         changed = False
         for node, wanted in list(axes.frontier.items()):
             if node.target not in _LAYOUT or len(wanted) != len(shape_of(node)):
+                continue
+            if any(node < start for start in starts):
                 continue
             if not all(u in axes.dims or u in starts or u in axes.ends for u in node.users):
                 continue
@@ -822,10 +861,8 @@ def _source_dims(axes: TokenAxes, node: fx.Node, source: fx.Node, wanted: Dims) 
     choices: list[list[Dim]] = []
     wanted_tokens = list(dict.fromkeys(dim for dim in wanted if has_tokens(dim)))
     for size in shape_of(source):
-        options: list[Dim] = []
-        for dim in wanted_tokens:
-            if _Rule(axes, node).same_size(_Rule(axes, node)._volume(dim), size):
-                options.append(dim)
+        rule = _Rule(axes, node)
+        options = [dim for dim in wanted_tokens if rule.same_size(rule._volume(dim), size)]
         if axes.batch is not None and size == axes.batch and (B,) in wanted:
             options.append((B,))
         if axes.batch is not None and size == 1:
@@ -837,15 +874,20 @@ def _source_dims(axes: TokenAxes, node: fx.Node, source: fx.Node, wanted: Dims) 
         trials = [[*trial, option] for trial in trials for option in options]
         if len(trials) > 64:
             return None
+    close: Dims | None = None
     for trial in trials:
         attempt = TokenAxes(axes.tokens, axes.batch, {source: tuple(trial)})
         try:
             result = _Rule(attempt, node).apply()
         except UnsupportedOperatorError:
             continue
-        if result is not None and _plain(result) == _plain(wanted):
+        if result == wanted:
             return tuple(trial)
-    return None
+        # a dimension over which samples broadcast must not be lost: a gather needs it
+        lost = any(map(is_batch, wanted)) and not any(map(is_batch, trial))
+        if close is None and not lost and result and _plain(result) == _plain(wanted):
+            close = tuple(trial)
+    return close
 
 
 def _plain(dims: Dims) -> Dims:

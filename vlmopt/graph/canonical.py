@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from vlmopt.errors import CaptureError
 from vlmopt.program import attach_attr
@@ -32,7 +33,7 @@ def canonical_graph(
     Raises:
         CaptureError: the graph mutates a buffer or an input.
     """
-    exported = exported.run_decompositions({})
+    exported = exported.run_decompositions(_TAKEN_APART)
     lifted = exported.graph_module
     root = torch.nn.Module()
     graph = fx.Graph()
@@ -92,7 +93,8 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 def _drop_empty_operands(graph: fx.Graph, node: fx.Node) -> None:
     """``cat([empty, x])`` is how a cache layer starts: x."""
     parts: Any = node.args[0]
-    operands = [value for value in parts if value.meta["val"].numel() != 0]
+    # a number of rows that depends on data may turn out to be anything
+    operands = [v for v in parts if not statically_known_true(v.meta["val"].numel() == 0)]
     if len(operands) == 1 and operands[0].meta["val"].dtype == node.meta["val"].dtype:
         node.replace_all_uses_with(operands[0])
         graph.erase_node(node)
@@ -152,6 +154,13 @@ _RULES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
     aten.cat.default: _drop_empty_operands,
     aten.index_put.default: _dense_masked_update,
 }
+
+
+_TAKEN_APART = {
+    op: torch.export.default_decompositions()[op]
+    for op in (aten.einsum.default, aten.repeat_interleave.self_int)
+}
+"""Composite operators whose parts are easier to follow than they are."""
 
 SYMBOLIC_FUNCTIONS = frozenset(
     {

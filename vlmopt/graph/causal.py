@@ -20,7 +20,7 @@ LARGEST = 2**28
 
 
 def drop_constant_masks(graph: fx.Graph) -> int:
-    """Replace constant masks of attention by ``is_causal=True``, or by nothing if they hide nothing.
+    """Replace constant masks of attention by ``is_causal=True``, or by nothing if all is visible.
 
     Only masks computed from numbers alone are looked at: none that an input or a weight has a part
     in. Attention whose mask hides anything else than later tokens stays as it is.
@@ -42,20 +42,24 @@ def drop_constant_masks(graph: fx.Graph) -> int:
         if not isinstance(mask, fx.Node) or arguments.get("is_causal"):
             continue
         if mask not in kinds:
-            kinds[mask] = _kind(_value(mask, known), queries=_length(node, 0), keys=_length(node, 1))
+            kinds[mask] = _kind(
+                _value(mask, known), queries=_length(node, 0), keys=_length(node, 1)
+            )
         if kinds[mask] is None:
             continue
         if kinds[mask] == "causal":
             arguments["is_causal"] = True
         node.args = tuple(arguments.pop(name) for name in _NAMES[:3])
-        node.kwargs = arguments
+        node.kwargs = {name: arguments[name] for name in _NAMES if name in arguments}
         changed += 1
     if changed:
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return changed
 
 
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_NAMES = tuple(
+    argument.name for argument in aten.scaled_dot_product_attention.default._schema.arguments
+)
 
 
 def _length(node: fx.Node, operand: int) -> Any:

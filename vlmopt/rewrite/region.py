@@ -183,7 +183,8 @@ def gather_tokens(
         lead = 0
 
     def take(tensor: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
-        tensor = tensor[(None,) * lead]
+        if lead:
+            tensor = tensor[(None,) * lead]
         tensor = _split_axes(tensor, [1] * lead + groups, [None] * lead + sizes, batch)
         for dim, positions in zip(along, indices, strict=True):
             tensor = take_along(tensor, positions, dim, batch_dim)

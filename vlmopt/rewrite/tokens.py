@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,7 @@ class CutSite:
 
 def cut_tokens(
     site: CutSite,
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
     values: list[fx.Node],
 ) -> None:
     """Keep the tokens that ``choose`` selects, from ``site.hidden`` on.
@@ -54,7 +55,7 @@ def cut_tokens(
     Args:
         choose: ``(modality, length, *values) -> (score, slots, valid)``: float32 ``[batch,
             tokens]``; int64 ``[batch, length]`` ascending; bool ``[batch, length]``, False for
-            fillers that no one may attend to.
+            fillers that no one may attend to, or ``None`` where there are none.
         values: what ``choose`` reads; their tokens are those of ``site.hidden``.
 
     Raises:
@@ -63,7 +64,8 @@ def cut_tokens(
     stage, graph = site.stage, site.stage.graph
     val = site.hidden.meta["val"]
     batch, tokens = val.shape[0], val.shape[1]
-    length = tokens - min(b - a for b, a in zip(site.visual, site.quotas, strict=True))
+    dropped = min(b - a for b, a in zip(site.visual, site.quotas, strict=True))
+    length: int | fx.Node = tokens - dropped
     ragged = len(set(site.visual)) > 1
     starts: dict[fx.Node, Dims] = {
         site.hidden: ((B,) if batch != 1 else (1,), (T,), (int(val.shape[2]),))
@@ -76,6 +78,9 @@ def cut_tokens(
     with graph.inserting_after(last):
         anchor = graph.call_function(aten.alias.default, (last,))  # keeps the insertion point
     with graph.inserting_before(anchor):
+        if isinstance(tokens, torch.SymInt):  # a graph for prompts of any length
+            size = emit.call(aten.sym_size.int, site.hidden, 1)
+            length = emit.call(operator.sub, size, dropped, name="length")
         modality = site.modality
         if present:
             modality = emit.trace(_modality_of_kept, modality, *present, names=("modality",))
@@ -83,7 +88,9 @@ def cut_tokens(
             choose, modality, length, *values, names=("score", "keep", "valid")
         )
         shorter = gather_tokens(emit, site.hidden, starts[site.hidden], lambda _: slots, name="out")
-        kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
+        kept = slots
+        if present or valid is not None:
+            kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
     frontier: dict[fx.Node, fx.Node] = {}
     for value, dims in axes.frontier.items():
         with graph.inserting_before(_after(graph, value, anchor)):
@@ -99,7 +106,7 @@ def cut_tokens(
         axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier
     )
     graph.erase_node(anchor)
-    _finish(site, axes, kept, tokens, length)
+    _finish(site, axes, kept, tokens, tokens - dropped)
 
 
 def cut_decode(
@@ -111,7 +118,9 @@ def cut_decode(
     ports = [
         port
         for port in decode.inputs
-        if port.role in (Role.KEY, Role.VALUE) and port.layer is not None and port.layer >= cut.layer
+        if port.role in (Role.KEY, Role.VALUE)
+        and port.layer is not None
+        and port.layer >= cut.layer
     ]
     nodes = {port: decode.placeholder(port) for port in ports}
     first = next(iter(nodes.values()))
@@ -185,19 +194,20 @@ def cut_decode(
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     decode.graph_module.recompile()
-    decode.inputs = tuple(
-        replace(port, kept=kept_name) if port in nodes else port for port in decode.inputs
-    ) + (Port(kept_name, Role.KEPT),)
+    decode.inputs = (
+        *(replace(port, kept=kept_name) if port in nodes else port for port in decode.inputs),
+        Port(kept_name, Role.KEPT),
+    )
     decode.outputs = _outputs_on_kept(decode, axes, kept_name)
 
 
 # -- pieces ------------------------------------------------------------------------------------
 
 
-def _kept_slots(slots: Tensor, valid: Tensor, earlier: Tensor | None = None) -> Tensor:
+def _kept_slots(slots: Tensor, valid: Tensor | None, earlier: Tensor | None = None) -> Tensor:
     """Original slot of each token still present, -1 for fillers."""
     original = slots if earlier is None else earlier.gather(1, slots)
-    return torch.where(valid, original, -1)
+    return original if valid is None else torch.where(valid, original, -1)
 
 
 def _mask_fillers(mask: Tensor, valid: Tensor) -> Tensor:
@@ -335,7 +345,7 @@ def _ungathered(graph: fx.Graph, value: fx.Node) -> fx.Node:
 
 def _mask_over_all(decode: Stage) -> fx.Node:
     """An input whose size tells how many tokens have been seen, dropped ones included."""
-    masks = [port for port in decode.find_inputs(Role.ATTENTION_MASK)]
+    masks = decode.find_inputs(Role.ATTENTION_MASK)
     for port in masks:
         node = decode.placeholder(port)
         if node.meta["val"].ndim == 2:
