@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmopt.annotation import annotate
     from vlmopt.exporting import export
     from vlmopt.pipeline.manager import run_pipeline
     from vlmopt.program import Program, Role
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Program": "vlmopt.program",
     "Role": "vlmopt.program",
+    "annotate": "vlmopt.annotation",
     "capture": "vlmopt.tracing",
     "export": "vlmopt.exporting",
     "load": "vlmopt.storage",
@@ -25,7 +27,7 @@ _WHERE = {
     "run_pipeline": "vlmopt.pipeline.manager",
 }
 
-__all__ = ["Program", "Role", "capture", "export", "load", "optimize", "run_pipeline"]
+__all__ = ["Program", "Role", "annotate", "capture", "export", "load", "optimize", "run_pipeline"]
 
 
 def __getattr__(name: str) -> Any:

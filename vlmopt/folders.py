@@ -25,17 +25,24 @@ def new_folder(
         error: what to raise.
 
     Raises:
-        VlmoptError: of class ``error``: ``out`` exists and must not be replaced.
+        VlmoptError: of class ``error``: ``out`` exists and must not be replaced, or cannot be
+            written.
     """
     _require_free(out, marker, overwrite, error)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         yield folder
         folder.chmod(0o777 & ~_umask())  # temporary folders are private, the result is not
         _move(folder, out)
+    except OSError as reason:
+        raise error(
+            f"{out} cannot be written: {reason}", hint="choose another folder, or make room"
+        ) from reason
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_free(out: Path, marker: str, overwrite: bool, error: type[VlmoptError]) -> None:

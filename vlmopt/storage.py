@@ -10,22 +10,24 @@ graph alone cannot be run by mistake on weights that are not there.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import operator
-import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+import vlmopt
+from vlmopt.archives import load_exported
 from vlmopt.errors import ArtifactError
 from vlmopt.folders import new_folder
 from vlmopt.program import Cut, Port, Program, Role, Stage, attach_attr, copy_graph, fetch_attr
@@ -35,11 +37,7 @@ MANIFEST = "program.json"
 
 _SHARD = "5GB"
 _FILE = re.compile(r"[A-Za-z0-9_][\w.-]*")
-_HARMLESS = re.compile(
-    r"(archive_(format|version)|byteorder|(\.data/)?(version|serialization_id)"
-    r"|models/\w+\.json|data/weights/weight_\d+|data/constants/tensor_\d+"
-    r"|data/sample_inputs/\w+\.pt|extra/.*)"
-)
+_AGAIN = "copy the folder again, or write it anew"
 
 
 def save(program: Program, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -51,7 +49,8 @@ def save(program: Program, directory: str | Path, *, overwrite: bool = False) ->
         overwrite: replace a program folder that is there; anything else is never replaced.
 
     Raises:
-        ArtifactError: the folder exists, or a graph cannot be written.
+        ArtifactError: the folder exists or cannot be made, or the program holds something that
+            the format cannot.
     """
     with new_folder(
         Path(directory), marker=MANIFEST, overwrite=overwrite, error=ArtifactError
@@ -60,14 +59,23 @@ def save(program: Program, directory: str | Path, *, overwrite: bool = False) ->
         keys = {id(tensor): key for key, tensor in weights.items()}
         document = {
             "format": FORMAT,
+            "vlmopt": vlmopt.__version__,
             "torch": torch.__version__,
             "model_type": program.model_type,
             "passes": list(program.passes),
             "metadata": program.metadata,
-            "weights": _write_weights(weights, folder),
             "stages": [_write_stage(stage, keys, folder) for stage in program],
+            "weights": _write_weights(weights, folder),
+            "files": {path.name: _identity(path) for path in sorted(folder.iterdir())},
         }
-        (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        try:
+            text = json.dumps(document, indent=1)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"the metadata or facts of the program cannot be written as JSON: {error}",
+                hint="keep numbers, strings, lists and dicts with string keys there",
+            ) from error
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def load(directory: str | Path, *, weights: bool = True) -> Program:
@@ -85,17 +93,19 @@ def load(directory: str | Path, *, weights: bool = True) -> Program:
     folder = Path(directory)
     document = _read_manifest(folder)
     try:
-        tensors = _Weights(folder, document["weights"], read=weights)
-        stages = [_read_stage(folder, entry, tensors) for entry in document["stages"]]
+        files = _Files(folder, document["files"])
+        tensors = _Weights(files, document["weights"], read=weights)
+        stages = [_read_stage(files, entry, tensors) for entry in document["stages"]]
         program = Program(
             {stage.name: stage for stage in stages},
             model_type=document["model_type"],
             passes=tuple(document["passes"]),
             metadata=dict(document["metadata"]),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ArtifactError(
-            f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}",
+            f"{folder / MANIFEST} is damaged, or not of the files beside it: "
+            f"{type(error).__name__}: {error}",
             hint="write the folder anew: vlmopt capture SOURCE -o DIR",
         ) from error
     program.metadata["weights"] = weights and program.metadata.get("weights", True)
@@ -107,26 +117,26 @@ def load(directory: str | Path, *, weights: bool = True) -> Program:
 
 def _write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, Any]:
     """Write the tensors that have values; returns where each is, with its type."""
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
-    real = {
-        key: tensor.detach().contiguous()
-        for key, tensor in weights.items()
-        if not isinstance(tensor, FakeTensor) and not tensor.is_meta
-    }
-    split = split_torch_state_dict_into_shards(
-        real, filename_pattern="weights{suffix}.safetensors", max_shard_size=_SHARD
+    real = _separate(
+        {
+            key: tensor.detach()
+            for key, tensor in weights.items()
+            if not isinstance(tensor, FakeTensor) and not tensor.is_meta
+        }
     )
-    where = {}
-    for name, members in split.filename_to_tensors.items():
-        # tensors that share memory are not all listed
-        save_file({key: real[key].clone() for key in members}, folder / name)
-        where.update(dict.fromkeys(members, name))
-    rest = [key for key in real if key not in where]
-    if rest:
-        save_file({key: real[key].clone() for key in rest}, folder / "weights-views.safetensors")
-        where.update(dict.fromkeys(rest, "weights-views.safetensors"))
+    split = split_state_dict_into_shards_factory(
+        real,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="weights{suffix}.safetensors",
+        max_shard_size=_SHARD,
+    )
+    where = {key: name for name, keys in split.filename_to_tensors.items() for key in keys}
+    for name, keys in split.filename_to_tensors.items():
+        if keys:
+            save_file({key: real[key] for key in keys}, folder / name, metadata={"format": "pt"})
     return {
         key: {
             "file": where.get(key),
@@ -138,15 +148,26 @@ def _write_weights(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[st
     }
 
 
+def _separate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors demands."""
+    separate, seen = {}, set()
+    for key, tensor in weights.items():
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        separate[key] = whole.clone() if storage in seen else whole
+        seen.add(storage)
+    return separate
+
+
 class _Weights:
     """The weights of a folder, each read when it is first asked for."""
 
-    def __init__(self, folder: Path, entries: Mapping[str, Any], *, read: bool) -> None:
-        self.folder = folder
+    def __init__(self, files: _Files, entries: Mapping[str, Any], *, read: bool) -> None:
+        self.files = files
         self.entries = entries
         self.read = read
         self.mode = FakeTensorMode()
-        self.files: dict[str, Any] = {}
+        self.opened: dict[str, Any] = {}
         self.seen: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -163,37 +184,53 @@ class _Weights:
         if entry["file"] is None or not self.read:
             with self.mode:
                 return torch.empty(shape, dtype=dtype)
-        tensor: torch.Tensor = self._open(entry["file"]).get_tensor(key)
+        try:
+            tensor: torch.Tensor = self._open(entry["file"]).get_tensor(key)
+        except SafetensorError as error:
+            raise ArtifactError(
+                f"weight {key} cannot be read from {entry['file']}: {error}", hint=_AGAIN
+            ) from error
         if tensor.dtype != dtype or list(tensor.shape) != shape:
             raise ArtifactError(
                 f"weight {key} in {entry['file']} is {tensor.dtype} {list(tensor.shape)}, "
                 f"where the manifest says {dtype} {shape}",
                 hint="the files do not belong together: write the folder anew",
             )
-        return tensor
+        # off the file, which may change, to where allocators put tensors: alignment picks the
+        # kernel of a matmul, and with it the last bit
+        return tensor.clone()
 
     def _open(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self.files:
-            path = _member(self.folder, name)
+        if name not in self.opened:
+            path = self.files.find(name)
             try:
-                self.files[name] = safe_open(path, framework="pt")
+                self.opened[name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ArtifactError(
-                    f"{path} cannot be read: {error}",
-                    hint="copy the folder again, or write it anew",
-                ) from error
-        return self.files[name]
+                raise ArtifactError(f"{path} cannot be read: {error}", hint=_AGAIN) from error
+        return self.opened[name]
 
 
 # -- stages ------------------------------------------------------------------------------------
 
 
 def _write_stage(stage: Stage, keys: Mapping[int, str], folder: Path) -> dict[str, Any]:
-    exported = _exported(stage)
     name = f"{stage.name}.pt2"
-    torch.export.save(exported, folder / name)
+    if not _FILE.fullmatch(name):
+        raise ArtifactError(
+            f"stage {stage.name!r} cannot be a file",
+            hint="name stages by letters, digits, - and _",
+        )
+    archive = io.BytesIO()
+    try:
+        torch.export.save(_exported(stage), archive)
+    except Exception as error:  # torch raises what its code happens to run into
+        raise ArtifactError(
+            f"stage {stage.name} cannot be written by torch.export.save: "
+            f"{type(error).__name__}: {error}",
+            hint="operators must be ATen, or be registered by torch.library; vlmopt verify says "
+            "which are not",
+        ) from error
+    (folder / name).write_bytes(archive.getvalue())
     weights = {
         node.name: {
             "path": str(node.target),
@@ -204,7 +241,6 @@ def _write_stage(stage: Stage, keys: Mapping[int, str], folder: Path) -> dict[st
     return {
         "name": stage.name,
         "file": name,
-        "bytes": (folder / name).stat().st_size,
         "inputs": [asdict(port) for port in stage.inputs],
         "outputs": [asdict(port) for port in stage.outputs],
         "facts": stage.facts,
@@ -298,13 +334,8 @@ def _symbols(value: Any) -> Iterator[Any]:
             yield from size.node.expr.free_symbols
 
 
-def _read_stage(folder: Path, entry: Mapping[str, Any], weights: _Weights) -> Stage:
-    path = _member(folder, entry["file"])
-    if path.stat().st_size != entry["bytes"]:
-        raise ArtifactError(
-            f"{path} has {path.stat().st_size} bytes, where the manifest says {entry['bytes']}",
-            hint="copy the folder again, or write it anew",
-        )
+def _read_stage(files: _Files, entry: Mapping[str, Any], weights: _Weights) -> Stage:
+    path = files.find(entry["file"])
     exported = load_exported(path)
     stage = Stage(
         entry["name"],
@@ -315,67 +346,13 @@ def _read_stage(folder: Path, entry: Mapping[str, Any], weights: _Weights) -> St
         tuple(_cut(cut) for cut in entry["cuts"]),
     )
     names = [node.name for node in stage.graph.find_nodes(op="placeholder")]
-    if names != [port.name for port in stage.inputs]:
+    results: Any = stage.graph.output_node().args[0]
+    if names != [port.name for port in stage.inputs] or len(results) != len(stage.outputs):
         raise ArtifactError(
-            f"the inputs of {path.name} are not those of its stage in {MANIFEST}",
+            f"the inputs or outputs of {path.name} are not those of its stage in {MANIFEST}",
             hint="the files do not belong together: write the folder anew",
         )
     return stage
-
-
-def load_exported(path: Path) -> torch.export.ExportedProgram:
-    """Read a ``.pt2`` file whose parts are all plain data.
-
-    Raises:
-        ArtifactError: it is none, holds pickled objects, or cannot be read by this torch.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"there is no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise ArtifactError(f"{path} is no program saved by torch.export.save")
-    _refuse_pickles(path)
-    try:
-        return torch.export.load(path)
-    except (RuntimeError, ValueError, OSError, AssertionError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise ArtifactError(
-            f"{path} cannot be read by torch.export.load" + (f" ({reason[0]})" if reason else ""),
-            hint=f"it must come from torch.export.save of torch {torch.__version__}",
-        ) from error
-
-
-def _refuse_pickles(path: Path) -> None:
-    """torch.export.load unpickles example inputs, custom objects and tensor subclasses."""
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            name = info.filename.partition("/")[2]
-            if name.startswith("data/sample_inputs/") and info.file_size:
-                if _is_plain(archive.read(info)):
-                    continue
-                kind = "example inputs that are not plain tensors"
-            elif name.endswith("_config.json"):
-                config = json.loads(archive.read(info)).get("config", {})
-                if not any(item.get("use_pickle") for item in config.values()):
-                    continue
-                kind = "objects"
-            elif _HARMLESS.fullmatch(name):
-                continue
-            else:
-                kind = f"a part called {name}"
-            raise ArtifactError(
-                f"{path} holds {kind}, and reading that may run code of whoever wrote it",
-                hint="save it again without: exported._example_inputs = None; or name a Python "
-                "factory: vlmopt diff pkg.mod:factory -p PIPELINE",
-            )
-
-
-def _is_plain(data: bytes) -> bool:
-    """Whether torch's restricted reader, which runs no code, is enough."""
-    try:
-        torch.load(io.BytesIO(data), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        return False
-    return True
 
 
 def _flat_module(
@@ -421,16 +398,16 @@ def _counterparts(graph: fx.Graph, entries: list[dict[str, Any]]) -> dict[str, f
         (node.args[0], node.args[1]): node
         for node in graph.find_nodes(op="call_function", target=operator.getitem)
     }
-    whole = iter(
+    whole = [
         node
         for node in graph.nodes
         if node.op != "placeholder" and node.target is not operator.getitem
-    )
+    ]
+    names = [e["name"] for e in entries if "of" not in e and e["name"] not in found]
+    found.update(zip(names, whole, strict=True))
     for entry in entries:
         if "of" in entry:
             found[entry["name"]] = parts[found[entry["of"]], entry["index"]]
-        elif entry["name"] not in found:
-            found[entry["name"]] = next(whole)
     return found
 
 
@@ -446,27 +423,54 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(
-            f"{path} is no JSON: {error}", hint="copy the folder again, or write it anew"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read as JSON: {error}", hint=_AGAIN) from error
     version = document.get("format") if isinstance(document, dict) else None
     if version != FORMAT:
+        newer = isinstance(version, int) and version > FORMAT
         raise ArtifactError(
-            f"{folder} has format {version}, and this version of vlmopt reads format {FORMAT}",
-            hint="update vlmopt, or write the folder anew",
+            f"{folder} has format {version}, and vlmopt {vlmopt.__version__} reads format {FORMAT}",
+            hint=f"update vlmopt to {document.get('vlmopt')} or later"
+            if newer
+            else "write the folder anew",
         )
     return document  # type: ignore[no-any-return]
 
 
-def _member(folder: Path, name: str) -> Path:
-    """A file of the folder; names that lead elsewhere are refused."""
-    if not _FILE.fullmatch(name):
-        raise ArtifactError(f"{folder / MANIFEST} names a file outside its folder: {name}")
-    path = folder / name
-    if not path.is_file():
-        raise ArtifactError(f"{folder} lacks its file {name}", hint="copy the folder again")
-    return path
+def _identity(path: Path) -> dict[str, Any]:
+    """Size in bytes and, of graphs, the hash; weights are large, and may be trained further."""
+    identity: dict[str, Any] = {"bytes": path.stat().st_size}
+    if path.suffix == ".pt2":
+        identity["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return identity
+
+
+class _Files:
+    """The files of a folder, each compared with the manifest when it is asked for."""
+
+    def __init__(self, folder: Path, identities: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.identities = identities
+
+    def find(self, name: str) -> Path:
+        """The path of a file; names that lead elsewhere are refused."""
+        if not _FILE.fullmatch(name):
+            raise ArtifactError(f"{self.folder / MANIFEST} names a file outside its folder: {name}")
+        path, wanted = self.folder / name, self.identities[name]
+        if not path.is_file():
+            raise ArtifactError(
+                f"{self.folder} lacks its file {name}", hint="copy the folder again"
+            )
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise ArtifactError(
+                f"{path} has {size} bytes, where the manifest says {wanted['bytes']}", hint=_AGAIN
+            )
+        if _identity(path) != wanted:
+            raise ArtifactError(
+                f"{path} is not the file that was written: its hash differs", hint=_AGAIN
+            )
+        return path
 
 
 def _port(entry: Mapping[str, Any]) -> Port:

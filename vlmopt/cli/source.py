@@ -59,9 +59,9 @@ def load_program(source: str, *, weights: bool = True) -> Program:
 
 
 def _read_exported(path: Path) -> Program:
+    from vlmopt.archives import load_exported
     from vlmopt.graph.canonical import canonical_graph
     from vlmopt.program import Port, Program, Stage
-    from vlmopt.storage import load_exported
 
     module, _ = canonical_graph(load_exported(path))
     values: Any = module.graph.output_node().args[0]

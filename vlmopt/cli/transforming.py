@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -193,11 +192,25 @@ def export(
     out.print(report.text(), report.to_json())
 
 
-@command(app, examples="vlmopt demo\nvlmopt demo -q")
-@click.argument("arguments", nargs=-1)
-def demo(out: Output, arguments: Sequence[str]) -> ExitCode:
-    """Show on the bundled model what vlmopt does; ARGUMENTS go to the demonstration."""
-    from vlmopt.demo import main
+@command(app, examples="vlmopt demo\nvlmopt demo -p 'v2drop{layers=3 keep=0.5}'")
+@click.option(
+    "--questions",
+    type=click.IntRange(min=1),
+    default=120,
+    show_default=True,
+    help="How many are asked about held-out scenes.",
+)
+@click.option("-p", "--pipeline", help=pipelines.PIPELINE_HELP)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=0),
+    default=9,
+    show_default=True,
+    help="Runs of each when measuring speed; 0: do not measure.",
+)
+def demo(out: Output, questions: int, pipeline: str | None, rounds: int) -> None:
+    """Show on the bundled model what vlmopt does."""
+    from vlmopt.demo import PASSES, main
 
-    del out
-    return ExitCode(main(list(arguments)) or ExitCode.DONE)
+    passes = PASSES if pipeline is None else pipelines.read_pipeline(pipeline)
+    main(questions=questions, passes=passes, rounds=rounds, quiet=out.quiet)

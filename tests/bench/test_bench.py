@@ -1,0 +1,265 @@
+"""All of the benchmarks but the clock: no test depends on how fast this machine is."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from vlmopt.bench import prefill, rewriting
+from vlmopt.bench.environment import Environment
+from vlmopt.bench.models import Shape, build_llava, llava_7b, parse_shape, prompt
+from vlmopt.bench.steps import Steps
+from vlmopt.bench.timing import Ratio, interleave, is_noisy
+from vlmopt.errors import OptionError, VerifyError
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench"
+TINY = Shape(4, 64, heads=1, visual=16, text=8)
+
+
+@pytest.fixture(scope="module")
+def result() -> prefill.Prefill:
+    """Made-up times of two cuts."""
+    return prefill.Prefill(
+        parse_shape("12x512"),
+        "float32",
+        (
+            prefill.Cut(192, "v2drop{layers=2 keep=192}", 2.0, 1.0, 1e-6),
+            prefill.Cut(64, "v2drop{layers=2 keep=64}", 4.0, 1.0, 1e-6),
+        ),
+        {
+            "hf": [0.4, 0.41, 0.42],
+            "hf_mask": [0.5, 0.5, 0.5],
+            "captured": [0.44, 0.44, 0.44],
+            "192": [0.2, 0.205, 0.21],
+            "64": [0.1, 0.125, 0.13],
+        },
+        {"hf": 0.0, "hf_mask": 0.0, "captured": 0.0},
+    )
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    if not TOOL.exists():
+        pytest.skip("tools/bench is not part of an installed package")
+    loader = importlib.machinery.SourceFileLoader("bench_tool", str(TOOL))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_shapes_have_llava_proportions() -> None:
+    shape = parse_shape("12x512")
+    assert (shape.layers, shape.width, shape.heads, shape.tokens) == (12, 512, 8, 640)
+    assert [parse_shape(text).intermediate for text in ("12x512", "8x768")] == [1376, 2064]
+    model = build_llava(llava_7b(), device="meta")
+    assert model.config.text_config.intermediate_size == 11008
+    assert 7.0e9 < sum(parameter.numel() for parameter in model.parameters()) < 7.2e9
+    ids = prompt(shape)["input_ids"]
+    assert ids.shape == (1, 640)
+    assert int((ids == model.config.image_token_id).sum()) == 576
+
+
+@pytest.mark.parametrize("text", ["12", "0x512", "12x500", "12x512x3", "12x32"])
+def test_a_bad_shape_is_refused(text: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_shape(text)
+    assert str(caught.value) == (
+        f"{text!r} is no shape of a decoder\n"
+        "  try: LAYERSxWIDTH, such as 12x512; the width is a multiple of 64"
+    )
+
+
+def flops_of_layers(count: int, tokens: int, shape: Shape) -> int:
+    """By hand: four square projections, three of the feed-forward block, scores and mixture.
+
+    Neither the output head nor anything before the decoder counts.
+    """
+    weights = 4 * shape.width**2 + 3 * shape.width * shape.intermediate
+    return count * (2 * tokens * weights + 2 * 2 * tokens**2 * shape.width)
+
+
+def test_measuring_with_a_compiler_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_nothing(module: Any, **options: Any) -> Any:
+        compiled.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    told: list[str] = []
+    found = prefill.measure(TINY, (4, 8), rounds=2, progress=told.append)
+    assert list(found.seconds) == [*prefill.BASELINES, "4", "8"]
+    assert all(len(times) == 2 for times in found.seconds.values())
+    assert len(compiled) == 5
+    assert [cut.same_tokens for cut in found.cuts] == [1, 1]
+    assert all(error < 1e-5 for error in found.errors.values())
+    whole = flops_of_layers(4, 24, TINY)
+    for cut, tokens in zip(found.cuts, (8 + 4, 8 + 8), strict=True):
+        rest = flops_of_layers(2, 24, TINY) + flops_of_layers(2, tokens, TINY)
+        assert cut.ideal == whole / rest
+    assert told[-1] == "4x64 float32: round 2 of 2"
+
+
+def test_a_compiler_that_is_wrong_stops_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(module: Any, **options: Any) -> Callable[..., Any]:
+        return lambda *args: tuple(
+            value + 1 if value.is_floating_point() else value for value in module(*args)
+        )
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    with pytest.raises(VerifyError, match=r"^parity: captured: .* differ by .* more than 0.0001$"):
+        prefill.measure(TINY, (4,), baselines=("captured",))
+
+
+def test_other_tokens_stop_the_measurement_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(module: Any, **options: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> tuple[Any, ...]:
+            values = list(module(*args))
+            if not values[-1].is_floating_point():  # the slots that stayed
+                values[-1] = values[-1].clone()
+                values[-1][0, 20] = 3 + values[-1][0, 20]
+            return tuple(values)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    with pytest.raises(VerifyError) as caught:
+        prefill.measure(TINY, (14,), baselines=("captured",))
+    assert str(caught.value) == (
+        "parity: v2drop{layers=2 keep=14}: Inductor keeps other tokens than eager mode "
+        "(95.5% shared)"
+    )
+
+
+def test_every_round_starts_with_another_function() -> None:
+    calls: list[str] = []
+    done: list[int] = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}  # type: ignore[misc]
+    seconds = interleave(functions, 3, progress=done.append)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    rounds = ["".join(calls[start : start + 3]) for start in range(0, 12, 3)]
+    assert rounds == ["cab", "abc", "bca", "cab"]  # the first is not counted
+    assert done == [0, 1, 2, 3]
+
+
+def test_ratio_and_its_interval() -> None:
+    same = Ratio.of([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert same == Ratio(2.0, 2.0, 2.0)  # rounds are resampled together
+    spread = Ratio.of([2.0, 2.0, 2.0, 3.0, 4.0], [1.0] * 5)
+    assert spread.value == spread.low == 2.0
+    assert 2.0 < spread.high <= 4.0
+    assert Ratio.of([2.0, 4.0], [1.0, 1.0]) == Ratio.of([2.0, 4.0], [1.0, 1.0])
+
+
+def test_noise() -> None:
+    assert not is_noisy([1.0, 1.1, 1.1])
+    assert is_noisy([1.0, 1.2, 1.2])
+
+
+def test_table_of_made_up_times(result: prefill.Prefill) -> None:
+    assert prefill.table([result]).splitlines() == [
+        "| model  | dtype   | visual tokens | Inductor | vlmopt   | speed-up (90 %)        "
+        "| FLOPs ideal | of ideal | over HF with mask | over captured |",
+        "| ------ | ------- | ------------- | -------- | -------- | ---------------------- "
+        "| ----------- | -------- | ----------------- | ------------- |",
+        "| 12x512 | float32 | 576 -> 192    | 410.0 ms | 205.0 ms | 2.00 (2.00-2.00) noisy "
+        "| 2.00        | 1.00     | 2.44 (1.22)       | 2.15 (1.07)   |",
+        "| 12x512 | float32 | 576 -> 64     | 410.0 ms | 125.0 ms | 3.28 (3.23-4.00) noisy "
+        "| 4.00        | 0.82     | 4.00 (1.00)       | 3.52 (0.88)   |",
+    ]
+
+
+def test_json_of_made_up_times(result: prefill.Prefill) -> None:
+    document = json.loads(json.dumps(result.to_json()))
+    assert document["baseline"] == "hf"
+    assert document["shape"]["intermediate"] == 1376
+    assert document["seconds"]["64"] == [0.1, 0.125, 0.13]
+    first, second = document["cuts"]
+    assert first["speedup"]["hf"]["value"] == pytest.approx(2.0)
+    assert first["of_ideal"] == pytest.approx(1.0)
+    assert second["speedup"]["hf_mask"]["value"] == pytest.approx(4.0)
+    assert second["of_ideal"] == pytest.approx(3.28 / 4)
+
+
+def test_rewriting_is_measured_without_weights() -> None:
+    found = rewriting.measure_shape(TINY)
+    assert found.pipeline == "v2drop{layers=2,3 keep=0.5,0.5}"
+    document = json.loads(json.dumps(found.to_json()))
+    assert document["nodes"][1] > document["nodes"][0] > 100
+    assert found.peak_bytes > 50 * 2**20
+    (line,) = rewriting.table([found]).splitlines()[2:]
+    assert line.startswith(f"| 4      | {found.nodes[0]} -> {found.nodes[1]} |")
+
+
+def test_environment_names_what_matters() -> None:
+    here = Environment.here()
+    assert here.text() == f"{here.device}, {_threads()}, torch {torch.__version__}, {here.date}"
+    assert here.device and here.date.count("-") == 2
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def test_progress_is_plain_lines_away_from_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steps(2) as steps:
+        steps.step("first")
+        steps.detail("part of it")
+        steps.print("result")
+        steps.step("second")
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("result\n", "[1/2] first\n[2/2] second\n")
+    with Steps(1, quiet=True) as steps:
+        steps.step("first")
+        steps.print("result")
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("result\n", "")
+
+
+def test_the_tool_prints_and_writes(
+    tool: ModuleType,
+    result: prefill.Prefill,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measure(shape: Shape, keeps: Any, *, dtype: torch.dtype, **options: Any) -> Any:
+        if dtype is torch.bfloat16:
+            raise VerifyError("parity", "made up")
+        assert (shape.name, tuple(keeps), options["rounds"]) == ("12x512", (192, 64), 3)
+        return result
+
+    monkeypatch.setattr(prefill, "measure", measure)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = str(torch.get_num_threads())
+    path = tmp_path / "times.json"
+    arguments = ["prefill", "--shape", "12x512", "--rounds", "3", "--json", str(path)]
+    # what one model lacks does not cost the others their results
+    assert tool.main([*arguments, "--threads", threads]) == 1
+    told = capsys.readouterr()
+    assert told.out == f"{prefill.table([result])}\n\n{Environment.here().text()}\n"
+    assert told.err.splitlines() == [
+        "[1/2] 12x512 float32",
+        "[2/2] 12x512 bfloat16",
+        "error: parity: made up",
+    ]
+    document = json.loads(path.read_text())
+    assert document["schema"] == 1
+    assert document["environment"]["torch"] == torch.__version__
+    assert [entry["dtype"] for entry in document["prefill"]] == ["float32"]
+
+
+def test_the_tool_tells_of_mistakes(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["prefill", "--shape", "wide"]) == 1
+    assert capsys.readouterr().err.startswith("error: 'wide' is no shape of a decoder\n")

@@ -1,0 +1,1 @@
+"""Measuring: what ``tools/bench`` and the speed part of ``vlmopt demo`` share."""

@@ -1,0 +1,334 @@
+"""Prefill on fewer tokens against Inductor on the same model, in one run.
+
+Timed is the language model on the embeddings of one prompt: hidden states and the key-value cache.
+The vision tower and the output head run the same with and without a token pass, and are left out
+of times and FLOPs alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmopt.analysis.cost import stage_cost
+from vlmopt.bench.models import Shape, build_llava, prompt
+from vlmopt.bench.timing import Ratio, interleave, is_noisy
+from vlmopt.errors import VerifyError
+from vlmopt.graph.compare import TOLERANCES
+from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.program import Program, Role, Stage
+from vlmopt.tracing import capture, modality_of
+
+BASELINES = ("hf", "hf_mask", "captured")
+"""What a rewritten stage is compared with, all of it compiled by Inductor:
+
+- ``hf``: the untouched Hugging Face decoder, called without an attention mask (nothing is padded),
+  which lets it leave the causal mask to the attention kernel;
+- ``hf_mask``: the same, called with the processor's mask of ones, which makes it build one;
+- ``captured``: vlmopt's graph of it before any pass.
+"""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One rewritten stage beside the untouched ones.
+
+    Attributes:
+        keep: visual tokens kept.
+        pipeline: what was applied.
+        ideal: FLOPs of the untouched language model over those of the rewritten one.
+        same_tokens: share of the tokens kept in eager mode that the compiled stage keeps too.
+        error: norm of the difference between eager and compiled hidden states of tokens that both
+            keep, relative to their norm.
+    """
+
+    keep: int
+    pipeline: str
+    ideal: float
+    same_tokens: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Times of one model.
+
+    Attributes:
+        seconds: for each baseline and each cut (by its ``keep``, as text) one time per round.
+        errors: of the baselines, as for cuts.
+    """
+
+    shape: Shape
+    dtype: str
+    cuts: tuple[Cut, ...]
+    seconds: Mapping[str, Sequence[float]]
+    errors: Mapping[str, float]
+
+    @property
+    def baseline(self) -> str:
+        """The fastest way to run the user's own module: what a speed-up is measured against."""
+        names = [name for name in ("hf", "hf_mask") if name in self.seconds]
+        return min(names, key=lambda name: median(self.seconds[name]))
+
+    def speedup(self, cut: Cut, over: str | None = None) -> Ratio:
+        """Of a cut over a baseline, by default :attr:`baseline`."""
+        return Ratio.of(self.seconds[over or self.baseline], self.seconds[str(cut.keep)])
+
+    @property
+    def noisy(self) -> bool:
+        return any(is_noisy(times) for times in self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        cuts = [
+            {
+                **asdict(cut),
+                "speedup": {
+                    name: asdict(self.speedup(cut, name))
+                    for name in self.seconds
+                    if name in BASELINES
+                },
+                "of_ideal": self.speedup(cut).value / cut.ideal,
+            }
+            for cut in self.cuts
+        ]
+        return {
+            "shape": {**asdict(self.shape), "intermediate": self.shape.intermediate},
+            "dtype": self.dtype,
+            "baseline": self.baseline,
+            "cuts": cuts,
+            "errors": dict(self.errors),
+            "noisy": self.noisy,
+            "seconds": {name: list(times) for name, times in self.seconds.items()},
+        }
+
+
+def measure(
+    shape: Shape,
+    keeps: Sequence[int],
+    *,
+    layer: int = 2,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    rounds: int = 25,
+    baselines: Sequence[str] = BASELINES,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Prefill:
+    """Build, capture, rewrite, compile, check, and then time.
+
+    Args:
+        keeps: visual tokens to keep, one rewritten stage each.
+        layer: first layer that runs on fewer tokens.
+        rounds: how often each is run.
+        baselines: of :data:`BASELINES`, at least one of the first two.
+        progress: is told what is going on.
+
+    Raises:
+        VerifyError: a compiled stage does not compute what the same stage does in eager mode, or
+            in float32 keeps other tokens.
+    """
+    name = f"{shape.name} {str(dtype).removeprefix('torch.')}"
+    progress(f"{name}: capturing")
+    model = build_llava(shape, device=device, dtype=dtype)
+    inputs = prompt(shape, device=device, dtype=dtype)
+    program = capture(model, inputs)
+    values = decoder_inputs(model, program, inputs)
+    torch.compiler.reset()
+    functions: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        stage = program["language_model"]
+        truth = _hidden(stage, stage.graph_module(*_arguments(stage, values)))
+        for baseline in baselines:
+            progress(f"{name}: compiling {baseline}")
+            if baseline == "captured":
+                functions[baseline] = _compiled(stage, values)
+                result = _hidden(stage, functions[baseline]())
+            else:
+                functions[baseline] = _compiled_module(model, values, mask=baseline == "hf_mask")
+                result = functions[baseline]().last_hidden_state
+            errors[baseline] = _difference(result, truth)
+            _check(baseline, errors[baseline], dtype)
+        cuts = []
+        for keep in keeps:
+            progress(f"{name}: rewriting and compiling keep={keep}")
+            pipeline = f"v2drop{{layers={layer} keep={keep}}}"
+            rewritten = program.clone()
+            run_pipeline(rewritten, pipeline)
+            fewer = rewritten["language_model"]
+            functions[str(keep)] = _compiled(fewer, values)
+            cuts.append(_checked(fewer, values, functions[str(keep)], keep, pipeline, stage, dtype))
+        seconds = interleave(
+            functions,
+            rounds,
+            wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+            progress=lambda done: progress(f"{name}: round {done} of {rounds}"),
+        )
+    return Prefill(shape, str(dtype).removeprefix("torch."), tuple(cuts), seconds, errors)
+
+
+def decoder_inputs(model: Any, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What reaches the decoder when ``model`` gets a prompt, by the names of its stage's inputs."""
+    seen: dict[str, Any] = {}
+    decoder = model.get_decoder()
+    handle = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            model(**inputs, logits_to_keep=1)
+    finally:
+        handle.remove()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    return {
+        "inputs_embeds": seen["inputs_embeds"],
+        "attention_mask": mask,
+        "position_ids": torch.arange(ids.shape[1], device=ids.device)[None],
+        "modality": modality_of(ids, mask, program.metadata["visual_token_ids"]),
+    }
+
+
+def _arguments(stage: Stage, values: Mapping[str, Tensor]) -> list[Tensor]:
+    return [values[port.name] for port in stage.inputs]
+
+
+def _compiled(stage: Stage, values: Mapping[str, Tensor]) -> Callable[[], Any]:
+    run: Any = torch.compile(stage.graph_module, dynamic=False)
+    arguments = _arguments(stage, values)
+    return lambda: run(*arguments)
+
+
+def _compiled_module(model: Any, values: Mapping[str, Tensor], *, mask: bool) -> Callable[[], Any]:
+    run: Any = torch.compile(model.get_decoder(), dynamic=False, fullgraph=True)
+    arguments = {"inputs_embeds": values["inputs_embeds"], "use_cache": True}
+    if mask:
+        arguments["attention_mask"] = values["attention_mask"]
+    return lambda: run(**arguments)
+
+
+def _hidden(stage: Stage, results: Sequence[Tensor]) -> Tensor:
+    return next(
+        value
+        for port, value in zip(stage.outputs, results, strict=True)
+        if port.role is Role.HIDDEN_STATES
+    )
+
+
+def _kept(stage: Stage, results: Sequence[Tensor]) -> Tensor:
+    """Slots of the tokens present after the last cut, int64 ``[kept]`` (the batch is one)."""
+    return [
+        value[0]
+        for port, value in zip(stage.outputs, results, strict=True)
+        if port.role is Role.KEPT
+    ][-1]
+
+
+def _checked(
+    stage: Stage,
+    values: Mapping[str, Tensor],
+    compiled: Callable[[], Any],
+    keep: int,
+    pipeline: str,
+    before: Stage,
+    dtype: torch.dtype,
+) -> Cut:
+    """The cut, once its compiled stage was found to do what it does in eager mode."""
+    eager, fast = stage.graph_module(*_arguments(stage, values)), compiled()
+    wanted, found = _kept(stage, eager), _kept(stage, fast)
+    both = torch.isin(wanted, found)
+    same = float(both.float().mean())
+    if dtype in (torch.float32, torch.float64) and same < 1:
+        raise VerifyError(
+            "parity", f"{pipeline}: Inductor keeps other tokens than eager mode ({same:.1%} shared)"
+        )
+    error = _difference(
+        _hidden(stage, fast)[:, torch.isin(found, wanted)], _hidden(stage, eager)[:, both]
+    )
+    _check(pipeline, error, dtype)
+    return Cut(keep, pipeline, flops_ideal(before, stage), same, error)
+
+
+def flops_ideal(before: Stage, after: Stage) -> float:
+    """The speed-up of a machine that does every FLOP at the same speed and nothing else."""
+    return stage_cost(before).flops / stage_cost(after).flops
+
+
+def _difference(result: Tensor, reference: Tensor) -> float:
+    return float((result - reference).float().norm() / reference.float().norm())
+
+
+def _check(what: str, error: float, dtype: torch.dtype) -> None:
+    if not error <= TOLERANCES[dtype]:
+        raise VerifyError(
+            "parity",
+            f"{what}: hidden states of Inductor and eager mode differ by {error:.1e} of their "
+            f"norm, more than {TOLERANCES[dtype]:g}",
+        )
+
+
+# -- text ------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Prefill]) -> str:
+    """The results as a Markdown table, one line per cut; times are medians."""
+    head = (
+        "model",
+        "dtype",
+        "visual tokens",
+        "Inductor",
+        "vlmopt",
+        "speed-up (90 %)",
+        "FLOPs ideal",
+        "of ideal",
+        "over HF with mask",
+        "over captured",
+    )
+    rows = []
+    for result in results:
+        for cut in result.cuts:
+            ratio = result.speedup(cut)
+            rows.append(
+                (
+                    result.shape.name,
+                    result.dtype,
+                    f"{result.shape.visual} -> {cut.keep}",
+                    milliseconds(result.seconds[result.baseline]),
+                    milliseconds(result.seconds[str(cut.keep)]),
+                    f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+                    + (" noisy" if result.noisy else ""),
+                    f"{cut.ideal:.2f}",
+                    f"{ratio.value / cut.ideal:.2f}",
+                    _over(result, cut, "hf_mask"),
+                    _over(result, cut, "captured"),
+                )
+            )
+    return markdown(head, rows)
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """The median, as text."""
+    return f"{1000 * median(seconds):.1f} ms"
+
+
+def _over(result: Prefill, cut: Cut, baseline: str) -> str:
+    if baseline not in result.seconds:
+        return "-"
+    ratio = result.speedup(cut, baseline).value
+    return f"{ratio:.2f} ({ratio / cut.ideal:.2f})"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
