@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -191,7 +191,7 @@ def _rewritten(
     # what passes added to the outputs is for vlmopt's runtime, which has no part in this program
     values = iter(zip(stage.outputs, graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
     emit = _emitter(stage, graph.output_node())
-    prompt = next((node for node in graph.nodes if node.name == stage.facts["modality"]), None)
+    prompt = cast("Any", next((n for n in graph.nodes if n.name == stage.facts["modality"]), None))
     with graph.inserting_before(graph.output_node()):
         for at, value in enumerate(results):
             if isinstance(value, fx.Node):
@@ -293,11 +293,12 @@ class _Window:
     def of(cls, value: Any) -> _Window | None:
         if not isinstance(value, fx.Node) or value.target is not aten.slice.Tensor:
             return None
-        source, dim, start, end, step = (*value.args, *(0, None, None, 1)[len(value.args) - 1 :])
+        left_out: tuple[Any, ...] = (0, None, None, 1)[len(value.args) - 1 :]
+        source, dim, start, end, step = cast("Any", (*value.args, *left_out))
         to_the_end = end is None or (isinstance(end, int) and end == 2**63 - 1)
         if not (isinstance(start, int) and start < 0 and to_the_end and step == 1 and dim > 0):
             return None
-        return cls(source, dim, -start)  # type: ignore[arg-type]
+        return cls(source, dim, -start)
 
     def put_back(
         self, emit: Emitter, source: fx.Node, kept: fx.Node | None, prompt: fx.Node

@@ -147,4 +147,3 @@ class _Retrace(fx.Interpreter):
 
 _enter_autocast = torch.amp.autocast_mode._enter_autocast
 _exit_autocast = torch.amp.autocast_mode._exit_autocast
-

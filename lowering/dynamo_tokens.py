@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -106,7 +106,7 @@ def _write_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
     if node.target is aten.masked_scatter.default:
         base, mask, source = node.args
     elif node.target is aten.index_put.default and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        base, (mask,), source = node.args[:3]  # type: ignore[misc]
+        base, (mask,), source = cast("Any", node.args[:3])
     else:
         return None
     if not all(isinstance(value, fx.Node) for value in (base, mask, source)):

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Annotation:
             else:
                 setattr(module, name, value)
 
-    def __enter__(self) -> Annotation:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -26,7 +26,9 @@ def test_the_layout_of_the_diff(capsys: pytest.CaptureFixture[str]) -> None:
     prefill = re.sub(r"modeling_(\w+)\.py:\d+", r"modeling_\1.py:N", prefill)
     prefill = re.sub(r"\bs\d+\b", "s", prefill).replace(source, "llava")
     assert torch.__version__.startswith("2.13")
-    assert_expected_inline(prefill, """\
+    assert_expected_inline(
+        prefill,
+        """\
 llava  ->  v2drop{layers=2 keep=0.5}    verified: full
 
 v2drop    1 match    +40 -0 ~148 nodes    visual tokens 16 -> 8    lossy
@@ -70,4 +72,5 @@ decode                    before    after    change
 
 attention FLOPs: dense SDPA, no causal discount; 1 FMA = 2 FLOPs.
 sizes: symbolic sizes count as the size seen at capture.  Reproduce: vlmopt diff llava -p 'v2drop{layers=2 keep=0.5}' (pipeline hash 083aa1)
-""")
+""",
+    )

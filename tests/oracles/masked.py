@@ -53,7 +53,9 @@ class MaskOracle:
         inside = set(decoder.modules())
         original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-        def attention(module: Any, query: Any, key: Any, value: Any, mask: Any = None, **kw: Any) -> Any:
+        def attention(
+            module: Any, query: Any, key: Any, value: Any, mask: Any = None, **kw: Any
+        ) -> Any:
             mask = kw.pop("attention_mask", mask)
             if module in inside:
                 mask = self._hide(module.layer_idx, query, key, mask)
@@ -85,7 +87,8 @@ class MaskOracle:
         return hook
 
     def _choose(self, layer: int, hidden: torch.Tensor) -> None:
-        scores = self.score(layer, hidden, self.previous, self.visual)
+        previous = self.previous if self.previous is not None else hidden
+        scores = self.score(layer, hidden, previous, self.visual)
         for sample in range(hidden.shape[0]):
             there = torch.nonzero(self.visual[sample] & self.present[sample])[:, 0].tolist()
             share = Fraction(str(self.cuts[layer]))

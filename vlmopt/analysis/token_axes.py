@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -394,7 +394,7 @@ def _matrix_transpose(rule: _Rule) -> Dims:
 @_rule(aten.unsqueeze.default)
 def _unsqueeze(rule: _Rule) -> Dims:
     source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
-    source.insert(rule.node.args[1] % (len(source) + 1), (1,))  # type: ignore[operator]
+    source.insert(rule.number(1, "dim") % (len(source) + 1), (1,))
     return tuple(source)
 
 
@@ -626,7 +626,10 @@ def _attention(rule: _Rule) -> Dims:
 def _reduce(rule: _Rule) -> Dims:
     """Pooling over tokens pools over those that are left."""
     source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
-    names = {aten.linalg_vector_norm.default: (2, 3), aten.var.dim: (1, 3)}
+    names: dict[Any, tuple[int, int]] = {
+        aten.linalg_vector_norm.default: (2, 3),
+        aten.var.dim: (1, 3),
+    }
     at, keep_at = names.get(rule.node.target, (1, 2))
     dims = rule.number(at, "dim")
     keep = rule.number(keep_at, "keepdim", False)
@@ -663,7 +666,8 @@ def _norm(rule: _Rule) -> Dims | list[Dims | None]:
 def _argsort(rule: _Rule) -> Dims:
     source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
     stable = rule.node.target is aten.argsort.stable
-    if has_tokens(source[rule.node.kwargs.get("dim", -1) if stable else rule.number(1, "dim", -1)]):
+    dim: Any = rule.node.kwargs.get("dim", -1) if stable else rule.number(1, "dim", -1)
+    if has_tokens(source[dim]):
         raise rule.refuse("returns the position of a token")
     return source
 
@@ -725,20 +729,19 @@ def _gather(rule: _Rule) -> Dims:
 
 @_rule(aten.index.Tensor)
 def _index(rule: _Rule) -> Dims:
-    source, indices = rule.node.args[:2]
-    have = rule.dims(source)  # type: ignore[arg-type]
-    tensors = [index for index in indices if index is not None]  # type: ignore[union-attr]
+    source, indices = cast("tuple[fx.Node, list[fx.Node | None]]", rule.node.args[:2])
+    have = rule.dims(source)
+    tensors = [index for index in indices if index is not None]
     if any(index.meta["val"].dtype == torch.bool for index in tensors):
         raise rule.refuse("chooses a number of rows that is known only at run time")
-    positions = [at for at, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+    positions = [at for at, index in enumerate(indices) if index is not None]
     if any(has_tokens(have[at]) for at in positions):
         raise rule.refuse("reads tokens by position")
     if positions != list(range(positions[0], positions[-1] + 1)):
         raise rule.refuse("has indices that are not adjacent")
     rank = max(len(rule.dims(index)) for index in tensors)
     middle = _broadcast(rule, tensors, rank)
-    rest = have[positions[-1] + 1 :] + have[len(indices) :] * 0  # type: ignore[arg-type]
-    return (*have[: positions[0]], *middle, *rest)
+    return (*have[: positions[0]], *middle, *have[positions[-1] + 1 :])
 
 
 @_rule(aten.slice_scatter.default, aten.select_scatter.default)

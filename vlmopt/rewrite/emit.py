@@ -71,9 +71,7 @@ class Emitter:
 
         def closed(*values: Any) -> Any:
             remaining = iter(values)
-            return function(
-                *(next(remaining) if isinstance(arg, fx.Node) else arg for arg in args)
-            )
+            return function(*(next(remaining) if isinstance(arg, fx.Node) else arg for arg in args))
 
         with self.fake_mode:
             traced = make_fx(closed, pre_dispatch=True)(*(arg.meta["val"] for arg in tensors))

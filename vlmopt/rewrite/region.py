@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -88,7 +88,7 @@ def _rewrite_sizes(
         if source is not None and has_tokens(source[along]):  # type: ignore[index]
             _rewrite_part(node)
         return
-    position = SIZE_ARGUMENTS.get(node.target)
+    position = SIZE_ARGUMENTS.get(cast("Any", node.target))
     if position is None or node not in axes.dims:
         return
     dims: Dims = axes.dims[node]
@@ -176,7 +176,11 @@ def gather_tokens(
         )
     lead = len(dims) - value.meta["val"].ndim
     groups = [len(dim) if has_tokens(dim) else 1 for dim in dims[lead:]]
-    sizes = [f if isinstance(f, int) else None for dim in dims[lead:] for f in _factors(dim)]
+    sizes: list[int | None] = [
+        factor if isinstance(factor, int) else None
+        for dim in dims[lead:]
+        for factor in _factors(dim)
+    ]
     batch_dim = samples[0] if batch != 1 else None
     if batch == 1:  # nothing to align: the index is the same for whatever broadcasts
         along = [position - lead for position in along]
@@ -185,7 +189,7 @@ def gather_tokens(
     def take(tensor: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
         if lead:
             tensor = tensor[(None,) * lead]
-        tensor = _split_axes(tensor, [1] * lead + groups, [None] * lead + sizes, batch)
+        tensor = _split_axes(tensor, [1] * lead + groups, [*[None] * lead, *sizes], batch)
         for dim, positions in zip(along, indices, strict=True):
             tensor = take_along(tensor, positions, dim, batch_dim)
         return _join_axes(tensor, [1] * lead + groups)

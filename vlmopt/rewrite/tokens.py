@@ -94,17 +94,13 @@ def cut_tokens(
     frontier: dict[fx.Node, fx.Node] = {}
     for value, dims in axes.frontier.items():
         with graph.inserting_before(_after(graph, value, anchor)):
-            fewer = gather_tokens(
-                emit, value, dims, lambda _: slots, name=f"gather_{value.name}"
-            )
+            fewer = gather_tokens(emit, value, dims, lambda _: slots, name=f"gather_{value.name}")
             if ragged and _is_mask(axes, value):
                 fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
         frontier[value] = fewer
     if ragged:
         _require_masks(axes)
-    shorten_region(
-        axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier
-    )
+    shorten_region(axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier)
     graph.erase_node(anchor)
     _finish(site, axes, kept, tokens, tokens - dropped)
 
@@ -137,9 +133,7 @@ def cut_decode(
         )
     past = first.meta["val"].shape[2]
     # a later cut moves some layers to other slots: each layer's own mask must stay in sight
-    axes = follow_tokens(
-        graph, starts, tokens=_factor(past), batch=_batch(batch), absorb=False
-    )
+    axes = follow_tokens(graph, starts, tokens=_factor(past), batch=_batch(batch), absorb=False)
 
     prompt = decode.facts["tokens"]
     with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
