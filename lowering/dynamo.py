@@ -7,6 +7,7 @@ differentiates it too. Every other graph goes to Inductor as it came.
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -68,9 +69,18 @@ def vlmopt_backend(
     if shown is None:
         log.debug("graph of %d nodes without visual tokens: left to Inductor", len(gm.graph.nodes))
         return chosen.lower(gm, example_inputs)
-    rewritten = _rewritten(*shown, chosen.passes)
-    with torch._C._DisableAutocast():  # its casts are in the graph already
-        return chosen.lower(rewritten, example_inputs)
+    with torch._C._DisableAutocast():  # its casts are in the graph now
+        rewritten = _rewritten(*shown, chosen.passes)
+        return _without_autocast(chosen.lower(rewritten, example_inputs))
+
+
+def _without_autocast(compiled: Compiled) -> Compiled:
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return compiled(*args)
+
+    return run
 
 
 @dataclass(frozen=True)

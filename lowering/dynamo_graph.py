@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
     FunctionalTensorMode,
     dispatch_functionalize,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import disable_autocast_cache, make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from vlmopt.graph.canonical import simplify
+from vlmopt.lowering.autocast import record_autocast, spell_out_casts
 from vlmopt.lowering.vmap import without_vmap
+from vlmopt.program import fetch_attr
 
 aten = torch.ops.aten
 
@@ -60,7 +62,7 @@ def canonical_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[str
             run, FunctionalTensorMode(pre_dispatch=True, export=True)
         )
         inputs = [_settled(value) for value in examples]
-        with preserve_node_meta():
+        with preserve_node_meta(), disable_autocast_cache():
             traced: fx.GraphModule = make_fx(functional, pre_dispatch=True)(*inputs)
     for node, source, value in zip(
         traced.graph.find_nodes(op="placeholder"), placeholders, inputs, strict=True
@@ -68,7 +70,10 @@ def canonical_dynamo_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[str
         # AOTAutograd reads off these which inputs are parameters
         node.meta = {**source.meta, "val": value, **node.meta}
         node._dynamo_source = getattr(source, "_dynamo_source", None)
-    _tidy(traced)
+    _tidy(traced, mode)
+    with torch.no_grad(), torch._C._DisableAutocast():
+        spell_out_casts(traced.graph, mode)
+    traced.recompile()
     traced.meta.update(gm.meta)
     return traced, written
 
@@ -97,13 +102,17 @@ def _settled_size(size: Any) -> Any:
     return size
 
 
-def _tidy(traced: fx.GraphModule) -> None:
+def _tidy(traced: fx.GraphModule, mode: FakeTensorMode) -> None:
     graph = traced.graph
     values = graph.output_node().args[0]
     graph.output_node().args = (tuple(values) if isinstance(values, (list, tuple)) else (values,),)
     graph.set_codegen(fx.graph.CodeGen())
     simplify(graph)
-    used = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    used = set()
+    for node in graph.find_nodes(op="get_attr"):
+        used.add(str(node.target))
+        constant = fetch_attr(traced, str(node.target))
+        node.meta["val"] = mode.from_tensor(constant, static_shapes=True)  # the tracer has its own
     for name, value in list(vars(traced).items()):  # constants of the trace
         if isinstance(value, torch.Tensor):
             delattr(traced, name)
@@ -112,7 +121,6 @@ def _tidy(traced: fx.GraphModule) -> None:
     for table in (traced._parameters, traced._buffers):
         for name in set(table) - used:
             del table[name]
-    traced.recompile()
 
 
 class _Retrace(fx.Interpreter):
@@ -129,6 +137,7 @@ class _Retrace(fx.Interpreter):
                 self.frozen.add(node)
 
     def run_node(self, n: fx.Node) -> Any:
+        record_autocast(n)
         result = super().run_node(n)
         leaves = any(user not in self.frozen for user in n.users)
         if n in self.frozen and n.op.startswith("call") and leaves:

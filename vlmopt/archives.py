@@ -56,7 +56,7 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
     if found is not None:
         raise ArtifactError(
             f"{path} holds {found}, and reading that may run code of whoever wrote it",
-            hint="save it again without: exported._example_inputs = None; or name a Python "
+            hint="save it again without (exported._example_inputs = None), or name a Python "
             "factory: vlmopt diff pkg.mod:factory -p PIPELINE",
         )
     try:

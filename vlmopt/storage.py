@@ -95,9 +95,8 @@ def load(directory: str | Path, *, weights: bool = True) -> Program:
     try:
         files = _Files(folder, document["files"])
         tensors = _Weights(files, document["weights"], read=weights)
-        stages = [_read_stage(files, entry, tensors) for entry in document["stages"]]
         program = Program(
-            {stage.name: stage for stage in stages},
+            _read_stages(files, document["stages"], tensors),
             model_type=document["model_type"],
             passes=tuple(document["passes"]),
             metadata=dict(document["metadata"]),
@@ -334,6 +333,14 @@ def _symbols(value: Any) -> Iterator[Any]:
             yield from size.node.expr.free_symbols
 
 
+def _read_stages(files: _Files, entries: Any, weights: _Weights) -> dict[str, Stage]:
+    stages = [_read_stage(files, entry, weights) for entry in entries]
+    by_name = {stage.name: stage for stage in stages}
+    if len(by_name) < len(stages):
+        raise ValueError("two stages have the same name")
+    return by_name
+
+
 def _read_stage(files: _Files, entry: Mapping[str, Any], weights: _Weights) -> Stage:
     path = files.find(entry["file"])
     exported = load_exported(path)
@@ -361,6 +368,8 @@ def _flat_module(
     """The stage's graph in its own order and names, with weights as ``get_attr``."""
     entries = exported.graph_module.meta["custom"]["vlmopt"]["nodes"]
     source = _counterparts(exported.graph, entries)
+    if not places.keys() <= source.keys():
+        raise ValueError("the graph does not read all weights of its stage")
     root = torch.nn.Module()
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}

@@ -12,6 +12,7 @@ import torch
 import zoo
 
 from vlmopt.cli import main
+from vlmopt.storage import load
 
 LLAVA = "tests.cli.test_folders:llava"
 PIPELINE = "v2drop{layers=1,3 keep=0.5}"
@@ -64,13 +65,11 @@ def test_running_a_folder_against_another(
     assert main(["verify", same, "--against", whole]) == 0
     assert main(["verify", str(folders / "fast"), "--against", whole, "--semantics", "exact"]) == 5
     capsys.readouterr()
-    copy = tmp_path / "changed"
-    shutil.copytree(folders / "llava", copy)
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(copy / "weights.safetensors")
-    key = next(key for key in weights if key.endswith("lm_head.weight"))
-    save_file({**weights, key: weights[key] + 1}, copy / "weights.safetensors")
+    program, copy = load(whole), tmp_path / "changed"
+    weights = program.named_weights()
+    with torch.no_grad():
+        next(value for key, value in weights.items() if key.endswith("lm_head.weight")).add_(1)
+    program.save(copy)
     assert main(["verify", str(copy), "--against", whole]) == 5
     assert "lm_head" in capsys.readouterr().out
 

@@ -197,7 +197,7 @@ def test_errors_name_the_reason() -> None:
         run_pipeline(program, "v2drop{layers=9 keep=0.5}")
     with pytest.raises(PreconditionError, match="put the pass that cuts earlier first"):
         run_pipeline(program, "v2drop{layers=2 keep=0.5} | v2drop{layers=1 keep=0.5}")
-    with pytest.raises(OptionError, match="keep has 2 values for 1 layers"):
+    with pytest.raises(OptionError, match="keep has 2 values for 1 layer"):
         run_pipeline(program, "v2drop{layers=1 keep=0.5,0.5}")
     toy = vlmopt.capture(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
     with pytest.raises(NoVisualTokensError, match="no token of this Linear program"):

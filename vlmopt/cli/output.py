@@ -74,7 +74,10 @@ class Output:
         if self.format == "json":
             text, signed = json.dumps(document, indent=2), False
         if self.path is not None:
-            self.reserve().write_text(text + "\n", encoding="utf-8")
+            try:
+                self.reserve().write_text(text + "\n", encoding="utf-8")
+            except OSError as reason:
+                raise errors.ArtifactError(f"{self.path} cannot be written: {reason}") from reason
             self.progress(f"wrote {self.path}")
         else:
             self.print(text, document, signed=signed)

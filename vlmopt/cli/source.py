@@ -59,22 +59,36 @@ def load_program(source: str, *, weights: bool = True) -> Program:
 
 
 def _read_exported(path: Path) -> Program:
+    """A file of ``torch.export.save`` as a program; of its outputs, those that are tensors."""
+    from torch import Tensor, fx
+
     from vlmopt.archives import load_exported
     from vlmopt.graph.canonical import canonical_graph
     from vlmopt.program import Port, Program, Stage
 
     module, _ = canonical_graph(load_exported(path))
-    values: Any = module.graph.output_node().args[0]
+    output = module.graph.output_node()
+    values: Any = output.args[0]
+    tensors = [
+        (f"output_{index}", value)
+        for index, value in enumerate(values)
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+    ]
+    output.args = (tuple(value for _, value in tensors),)
+    module.graph.eliminate_dead_code()
+    module.recompile()
     inputs = tuple(Port(node.name) for node in module.graph.find_nodes(op="placeholder"))
-    outputs = tuple(Port(f"output_{index}") for index in range(len(values)))
-    stage = Stage("model", module, inputs, outputs)
+    stage = Stage("model", module, inputs, tuple(Port(name) for name, _ in tensors))
     return Program({"model": stage}, model_type=path.stem)
 
 
 def _capture_digits() -> Program:
+    from transformers.utils.logging import disable_progress_bar
+
     from vlmopt import digits
     from vlmopt.tracing import capture
 
+    disable_progress_bar()  # reading two megabytes is no news
     model, processor = digits.load_model()
     scene, question = digits.heldout_samples(1)[0]
     return capture(model, dict(digits.batch(processor, [scene], [question])))

@@ -95,9 +95,16 @@ def _drop_empty_operands(graph: fx.Graph, node: fx.Node) -> None:
     parts: Any = node.args[0]
     # a number of rows that depends on data may turn out to be anything
     operands = [v for v in parts if not statically_known_true(v.meta["val"].numel() == 0)]
-    if len(operands) == 1 and operands[0].meta["val"].dtype == node.meta["val"].dtype:
-        node.replace_all_uses_with(operands[0])
-        graph.erase_node(node)
+    if len(operands) != 1:
+        return
+    only, like = operands[0], node.meta["val"]
+    if only.meta["val"].dtype != like.dtype:  # the empty one decided the type
+        with graph.inserting_before(node):
+            cast = graph.call_function(aten._to_copy.default, (only,), {"dtype": like.dtype})
+        cast.meta = dict(node.meta)
+        only = cast
+    node.replace_all_uses_with(only)
+    graph.erase_node(node)
 
 
 def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
