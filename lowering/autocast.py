@@ -7,7 +7,7 @@ watched.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -78,20 +78,15 @@ class _Casts(TorchDispatchMode):
                 node.target(*args, **kwargs)  # type: ignore[operator]
         if not watched.found and not watched.others:
             return {}
-        with plain:
-            try:
-                node.target(*args, **kwargs)  # type: ignore[operator]
-            except RuntimeError:
-                pass  # it needs the casts
+        with plain, suppress(RuntimeError):  # it may need the casts
+            node.target(*args, **kwargs)  # type: ignore[operator]
         casts = {v: dtype for v, dtype in watched.found.items() if v not in plain.found}
         if len(watched.others) > len(plain.others):  # of views of its operands, in an inner step
             became = watched.others[-1]
             casts |= {v: became for v in operands if v.meta["val"].dtype != became}
         return casts
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._to_copy.default and _is_float(args[0]) and "dtype" in kwargs:
             casted = [v for v in self.operands if v.meta["val"] is args[0]]

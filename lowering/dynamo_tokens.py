@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -139,28 +139,29 @@ _COPIES = (
 
 
 def _layers_after(anchor: fx.Node) -> set[str]:
-    """Containers of the repeated blocks that depend on ``anchor``."""
-    seen, stack = {anchor}, [anchor]
-    while stack:
-        new = set(stack.pop().users) - seen
-        seen |= new
-        stack.extend(new)
-    return _containers(seen)
+    """Containers whose repeated blocks, from the first on, depend on ``anchor``."""
+    places = _blocks(_reached(anchor, lambda node: node.users))
+    return {container for container, index in places if index == 0}
 
 
 def _layers_before(anchor: fx.Node) -> set[str]:
-    """Containers of the repeated blocks that ``anchor`` depends on."""
-    seen, stack = {anchor}, [anchor]
+    """Containers with blocks that ``anchor`` depends on."""
+    places = _blocks(_reached(anchor, lambda node: node.all_input_nodes))
+    return {container for container, _ in places}
+
+
+def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    seen, stack = {start}, [start]
     while stack:
-        new = set(stack.pop().all_input_nodes) - seen
+        new = set(step(stack.pop())) - seen
         seen |= new
         stack.extend(new)
-    return _containers(seen)
+    return seen
 
 
-def _containers(nodes: Iterable[fx.Node]) -> set[str]:
-    places = (layer_of(node) for node in nodes if node.target is aten.linear.default)
-    return {place[0] for place in places if place is not None}
+def _blocks(nodes: Iterable[fx.Node]) -> set[tuple[str, int]]:
+    places = {layer_of(node) for node in nodes if node.target is aten.linear.default}
+    return {place for place in places if place is not None}
 
 
 def fixed_counts(found: VisualTokens) -> list[int]:

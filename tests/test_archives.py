@@ -111,7 +111,7 @@ def test_pytrees_that_import_modules_are_refused(
     )
     monkeypatch.syspath_prepend(tmp_path)
     key = {"__enum__": True, "fqn": "imported_by_a_file:X", "name": "Y"}
-    leaf = {"type": None, "context": None, "children_spec": []}
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     factory = {
         "default_factory_module": "imported_by_a_file",
         "default_factory_name": "X",

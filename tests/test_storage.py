@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import zipfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -435,12 +436,13 @@ def test_graphs_of_something_else_are_named(folder: Path, tmp_path: Path) -> Non
 def test_ports_agree_with_the_graph(folder: Path) -> None:
     (stage,) = _manifest(folder)["stages"]
     port = stage["inputs"][0]
-    for changes in (
+    wrong: list[dict[str, Any]] = [
         {"inputs": []},
         {"inputs": [{**port, "name": "y"}]},
         {"outputs": [*stage["outputs"], port]},
         {"outputs": []},
-    ):
+    ]
+    for changes in wrong:
         _edit(folder, stages=[{**stage, **changes}])
         with pytest.raises(ArtifactError, match=r"the inputs or outputs of model\.pt2 are not"):
             vlmopt.load(folder)
@@ -460,7 +462,7 @@ def test_any_value_of_the_manifest_may_be_wrong(folder: Path) -> None:
     """A wrong type or a missing key is named, or harmless; nothing else is raised."""
     good = (folder / "program.json").read_text()
     reached = 0
-    others = itertools.cycle([None, "junk", -1, [], {"a": 1}])
+    others: Iterator[Any] = itertools.cycle([None, "junk", -1, [], {"a": 1}])
     for *path, last in _places(json.loads(good)):
         for junk in (..., next(others)):
             document = json.loads(good)

@@ -136,3 +136,51 @@ def test_an_exported_program_with_example_inputs_can_be_read(
     torch.export.save(exported, tmp_path / "linear.pt2")
     assert main(["inspect", str(tmp_path / "linear.pt2")]) == 0
     assert "linear" in capsys.readouterr().out
+
+
+class Mixed(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"sum": x + 1, "none": None, "count": 3, "rows": x.shape[0]}
+
+
+def test_of_a_file_only_tensors_are_outputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = str(tmp_path / "mixed.pt2"), str(tmp_path / "mixed")
+    rows = {"x": {0: torch.export.Dim("rows")}}
+    exported = torch.export.export(Mixed(), (torch.ones(4, 2),), dynamic_shapes=rows)
+    torch.export.save(exported, file)
+    assert main(["capture", file, "-o", folder, "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [port["name"] for port in document["stages"][0]["outputs"]] == ["output_0"]
+    assert main(["diff", file, folder, "--exit-code"]) == 0
+    assert main(["verify", folder, "--against", file]) == 0
+    assert "model.output_0  relative difference 0.0e+00" in capsys.readouterr().out
+
+
+def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.pt2"
+    assert main(["stats", str(file)]) == 4
+    file.write_text("hello")
+    assert main(["stats", str(file)]) == 4
+    error = capsys.readouterr().err
+    assert f"error: there is no file {file}\n" in error
+    assert f"error: {file} is no program saved by torch.export.save: " in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [["stats"], ["capture"], ["run", "-p", "fold-constants"], ["diff", "TOY"]]
+)
+def test_where_nothing_can_be_written(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where a folder would have to be."""
+    (tmp_path / "file").write_text("mine")
+    toy = "tests.toys:decoder"
+    given = [toy if argument == "TOY" else argument for argument in arguments]
+    assert main([*given, toy, "-o", str(tmp_path / "file" / "out")]) == 4
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'file' / 'out'} cannot be written: " in error
+    assert "Traceback" not in error
+    assert (tmp_path / "file").read_text() == "mine"

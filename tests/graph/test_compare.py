@@ -7,7 +7,8 @@ from tests.toys import decoder
 from vlmopt.errors import ArtifactError
 from vlmopt.graph.compare import compare_programs, random_inputs, weakest
 from vlmopt.pipeline.passes import Semantics
-from vlmopt.program import Modality, Port, Program, Role, Stage
+from vlmopt.program import Modality, Port, Program, Role, Stage, attach_attr, fetch_attr
+from vlmopt.tracing import capture
 
 aten = torch.ops.aten
 
@@ -136,3 +137,24 @@ def test_random_inputs_respect_roles() -> None:
 def test_chain_promises_what_its_weakest_pass_does() -> None:
     assert weakest([]) is Semantics.EXACT
     assert weakest([Semantics.LOSSY, Semantics.EXACT, Semantics.NUMERIC]) is Semantics.LOSSY
+
+
+def test_where_weights_stand_in_memory_makes_no_difference() -> None:
+    """Those of a model read from a file stand anywhere, and matmul kernels are chosen by that."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(128, 32, bias=False)
+    reference = capture(linear, (torch.ones(1, 1, 128),))
+    memory = torch.empty(linear.weight.nbytes + 64, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64 + 8
+    moved = memory[start : start + linear.weight.nbytes].view(torch.float32).view(32, 128)
+    moved.copy_(linear.weight.detach())
+    program = reference.clone()
+    weight = torch.nn.Parameter(moved, requires_grad=False)
+    attach_attr(program["model"].graph_module, "weight", weight)
+    (output,) = compare_programs(program, reference, Semantics.EXACT).outputs
+    assert output.difference == 0.0
+    assert weight.data_ptr() == moved.data_ptr(), "the weights of the program stay where they are"
+    assert fetch_attr(program["model"].graph_module, "weight") is weight
+    moved[0, 0] += 1
+    (output,) = compare_programs(program, reference, Semantics.EXACT).outputs
+    assert output.note == "is not bit-equal"

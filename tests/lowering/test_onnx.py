@@ -175,7 +175,7 @@ def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    with pytest.raises(LoweringError, match="no folder with a manifest.json in it"):
+    with pytest.raises(LoweringError, match=r"no folder with a manifest\.json in it"):
         export_program(program, precious, overwrite=True)
     assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "precious"]

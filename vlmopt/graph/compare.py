@@ -14,7 +14,7 @@ from vlmopt.analysis.cost import size_of
 from vlmopt.errors import ArtifactError
 from vlmopt.graph.text import value_text
 from vlmopt.pipeline.passes import Semantics
-from vlmopt.program import Modality, Port, Program, Role, Stage, fetch_attr
+from vlmopt.program import Modality, Port, Program, Role, Stage, attach_attr, fetch_attr
 
 TOLERANCES: Mapping[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -154,6 +154,7 @@ def _input_types(stage: Stage) -> list[tuple[str, str]]:
 
 
 def _run(stage: Stage, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    module = stage.clone().graph_module
     for node in stage.graph.find_nodes(op="get_attr"):
         weight = fetch_attr(stage.graph_module, str(node.target))
         if isinstance(weight, FakeTensor) or weight.is_meta:
@@ -162,9 +163,19 @@ def _run(stage: Stage, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
                 node=node,
                 hint="capture the model with its weights",
             )
+        if weight.data_ptr() % _ALIGNMENT:
+            aligned = weight.detach().clone()
+            if isinstance(weight, torch.nn.Parameter):
+                aligned = torch.nn.Parameter(aligned, requires_grad=False)
+            attach_attr(module, str(node.target), aligned)
     with torch.no_grad():
-        values: Any = stage.graph_module(*inputs)
+        values: Any = module(*inputs)
     return {port.name: value for port, value in zip(stage.outputs, values, strict=True)}
+
+
+_ALIGNMENT = 64
+"""Bytes, as torch allocates. Weights mapped from a file stand anywhere, and by their alignment the
+kernels of a matmul, and with them the last bit, are chosen."""
 
 
 def _random_input(stage: Stage, port: Port, generator: torch.Generator) -> Tensor:

@@ -93,6 +93,12 @@ def cut_tokens(
             kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
     frontier: dict[fx.Node, fx.Node] = {}
     for value, dims in axes.frontier.items():
+        if any(has_tokens(dim) and dim[-1] != T for dim in dims):
+            raise UnsupportedOperatorError(
+                f"%{value.name} counts more tokens than this prompt has",
+                node=value,
+                hint="start a new prompt, without past_key_values",
+            )
         with graph.inserting_before(_after(graph, value, anchor)):
             fewer = gather_tokens(emit, value, dims, lambda _: slots, name=f"gather_{value.name}")
             if ragged and _is_mask(axes, value):
