@@ -3,6 +3,16 @@
 PASSES = {
     "v2drop": "vlmopt.passes.tokens.v2drop:V2Drop",
     "random-drop": "vlmopt.passes.tokens.random_drop:RandomDrop",
+    "fastv": "vlmopt.passes.tokens.fastv:FastV",
+    "pyramid-drop": "vlmopt.passes.tokens.pyramid_drop:PyramidDrop",
+    "duet-vlm": "vlmopt.passes.tokens.duet_vlm:DuetVlm",
+    "transprune": "vlmopt.passes.tokens.transprune:TransPrune",
+    "hawk": "vlmopt.passes.tokens.hawk:Hawk",
+    "divprune": "vlmopt.passes.tokens.divprune:DivPrune",
+    "prune2drive": "vlmopt.passes.tokens.prune2drive:Prune2Drive",
+    "coin": "vlmopt.passes.tokens.coin:CoIn",
+    "apet": "vlmopt.passes.tokens.apet:ApET",
+    "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

@@ -78,6 +78,7 @@ class Cut:
         visual: ``(before, after)`` visual tokens, one pair per sample of the capture batch.
         kept: name of the KEPT output port of the stage.
         made_by: text of the pass.
+        renumbered: the tokens that stayed got new positions, without gaps.
     """
 
     layer: int
@@ -85,6 +86,7 @@ class Cut:
     visual: tuple[tuple[int, int], ...]
     kept: str
     made_by: str
+    renumbered: bool = False
 
 
 @dataclass

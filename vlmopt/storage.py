@@ -489,4 +489,11 @@ def _port(entry: Mapping[str, Any]) -> Port:
 def _cut(entry: Mapping[str, Any]) -> Cut:
     visual = tuple((before, after) for before, after in entry["visual"])
     before, after = entry["tokens"]
-    return Cut(entry["layer"], (before, after), visual, entry["kept"], entry["made_by"])
+    return Cut(
+        entry["layer"],
+        (before, after),
+        visual,
+        entry["kept"],
+        entry["made_by"],
+        entry["renumbered"],
+    )

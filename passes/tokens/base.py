@@ -6,6 +6,7 @@ cuts, selecting per sample, shortening everything after, and the decode stage th
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,34 +18,105 @@ from torch import Tensor, fx
 
 from vlmopt.analysis.layers import Layers, find_layers
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
+from vlmopt.analysis.sublayers import sublayers
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens import select
+from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
 from vlmopt.program import Modality, Program, Stage
-from vlmopt.rewrite.tokens import CutSite, cut_decode, cut_tokens
+from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.positions import has_one_axis
+from vlmopt.rewrite.tokens import Choice, CutSite, cut_decode, cut_tokens, emitting, remove_unused
+from vlmopt.rewrite.values import PER_SAMPLE, VALUES, CutValues
+
+_ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round": round,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDrop(Pass):
-    """Base of the methods that keep the visual tokens with the highest scores at some layers.
+    """Base of the methods that keep some visual tokens, and drop or merge the others.
 
-    Subclasses declare the options ``layers`` and ``keep``, the names in ``reads``, and ``score``,
-    which gets the values named there, in that order:
+    Subclasses give ``score``, which gets the values named in ``reads``, in that order: those of
+    :data:`vlmopt.rewrite.values.VALUES`, and
 
-    - ``hidden``: residual stream entering the layer, ``[batch, tokens, width]``;
-    - ``previous_hidden``: the one entering the layer before;
-    - ``ordinal``: number of each visual token among its sample's, int64 ``[batch, tokens]``.
+    - ``visual``: bool ``[batch, tokens]``;
+    - ``valid``: bool ``[batch, visual tokens]``, False where a sample has fewer (``compact``);
+    - ``ordinal``: number of each visual token among its sample's, int64 ``[batch, tokens]``;
+    - ``count``: the most visual tokens that any sample keeps, an int;
+    - ``quota``, ``present``: how many each sample keeps, and has, int64 ``[batch, 1]``;
+    - ``history``: sum of ``layer_score`` over ``scored_layers()``, float32 ``[batch, tokens]``.
+
+    A method with ``merges`` also gives ``merge``; one with ``layer_reads`` gives ``layer_score``,
+    which gets those attributes of :class:`~vlmopt.analysis.sublayers.Sublayers`, and ``real``:
+    bool ``[batch, tokens]``, False for padding.
+
+    Attributes:
+        compact: values and scores hold the visual tokens only, ``[batch, visual tokens, ...]``.
+        least: visual tokens that stay of any.
+        rounding: of a share to a number of tokens.
     """
 
     family = "tokens"
     phase = Phase.REDUCE
     semantics = Semantics.LOSSY
     first_layer: ClassVar[int] = 0
-    reads: ClassVar[tuple[str, ...]]
+    reads: ClassVar[tuple[str, ...]] = ()
+    layer_reads: ClassVar[tuple[str, ...]] = ()
+    compact: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    least: ClassVar[int] = 1
+    rounding: ClassVar[str] = "floor"
+
+    layers: tuple[int, ...] = option(
+        (2,), "layers whose input is cut, counted from 0", ge=0, increasing=True, min_items=1
+    )
+    keep: tuple[float | int, ...] = option(
+        (0.5,),
+        "visual tokens kept at each cut: a share (0 to 1), or a count (2 and up)",
+        ge=0,
+        min_items=1,
+    )
+    of: str = option(
+        "present",
+        "what a share is of: the visual tokens present at the cut, or the original ones",
+        choices=("present", "original"),
+    )
+    positions: str = option(
+        "keep",
+        "keep the positions of the tokens that stay, renumber them without gaps, or auto: renumber "
+        "unless positions have several axes (M-RoPE)",
+        choices=("keep", "renumber", "auto"),
+    )
 
     @abstractmethod
-    def score(self, *values: Tensor) -> Tensor:
+    def score(self, *values: Any) -> Tensor:
         """float32 ``[batch, tokens]``; the highest stay."""
+
+    def merge(self, tokens: Tensor, score: Tensor, kept: Tensor, *values: Any) -> Tensor:
+        """What the kept tokens become.
+
+        Args:
+            tokens: residual stream of the visual tokens, ``[batch, visual tokens, width]``.
+            score: of each, float32 ``[batch, visual tokens]``.
+            kept: bool ``[batch, visual tokens]``.
+            values: those named in ``reads``.
+
+        Returns:
+            Like ``tokens``; only the rows of kept tokens matter.
+        """
+        raise NotImplementedError
+
+    def layer_score(self, *values: Tensor) -> Tensor:
+        """float32 ``[batch, tokens]``, from the values of one layer named in ``layer_reads``."""
+        raise NotImplementedError
+
+    def scored_layers(self) -> tuple[int, ...]:
+        """Layers whose ``layer_score`` counts."""
+        return ()
 
     def requires(self, program: Program) -> None:
         stage = token_stage(program)
@@ -64,25 +136,38 @@ class TokenDrop(Pass):
                     f"at layer {later[0].layer}",
                     hint="put the pass that cuts earlier first, and cut each layer once",
                 )
+        scored = self.scored_layers()
+        if self.layer_reads and not any(layer < self.layers[0] for layer in scored):
+            raise PreconditionError(
+                f"{self.name} has nothing to go by at layer {self.layers[0]}: it scores layers "
+                f"{scored[0]} to {scored[-1]}",
+                hint="score more layers, or cut later",
+            )
+        if self.positions == "renumber" and not has_one_axis(stage):
+            raise PreconditionError(
+                f"{self.name} cannot renumber positions: this model has several axes of them",
+                hint="use positions=keep",
+            )
 
     def cuts(self) -> list[tuple[int, float | int]]:
         """``(layer, keep)`` of each cut; one ``keep`` serves all layers."""
-        layers: tuple[int, ...] = self.layers  # type: ignore[attr-defined]
-        keep: tuple[float | int, ...] = self.keep  # type: ignore[attr-defined]
-        if len(keep) not in (1, len(layers)):
+        if len(self.keep) not in (1, len(self.layers)):
             raise OptionError(
-                f"{self.name}: option keep has {len(keep)} values for "
-                f"{len(layers)} layer{'s' if len(layers) != 1 else ''}",
+                f"{self.name}: option keep has {len(self.keep)} values for "
+                f"{len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}",
                 hint="give one value, or one per layer: "
-                f"{self.name}{{layers={','.join(map(str, layers))} keep=0.5}}",
+                f"{self.name}{{layers={','.join(map(str, self.layers))} keep=0.5}}",
             )
-        return list(zip(layers, keep if len(keep) > 1 else keep * len(layers), strict=True))
+        keep = self.keep if len(self.keep) > 1 else self.keep * len(self.layers)
+        return list(zip(self.layers, keep, strict=True))
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         stage = token_stage(program)
         before = len(stage.cuts)
+        carried: dict[str, fx.Node] = {}
         for layer, keep in self.cuts():
-            self._cut(stage, layer, keep, ctx)
+            carried = self._cut(stage, layer, keep, carried, ctx)
+        remove_unused(stage)  # what was carried past the last cut
         made = stage.cuts[before:]
         if "decode" in program:
             for match, cut in enumerate(made, start=1):
@@ -90,27 +175,29 @@ class TokenDrop(Pass):
                     program["decode"], stage, cut, ctx, match=match, prefix=_identifier(self.name)
                 )
         dropped = sum(before - after for cut in made for before, after in cut.visual)
-        return PassResult(
-            changed=bool(made),
-            matches=len(self.cuts()),
-            statistics={"tokens_dropped": dropped, "cuts": len(made)},
-        )
+        statistics = {"tokens_dropped": dropped, "cuts": len(made)}
+        return PassResult(changed=bool(made), matches=len(self.cuts()), statistics=statistics)
 
-    def _cut(self, stage: Stage, layer: int, keep: float | int, ctx: PassContext) -> None:
+    def _cut(
+        self,
+        stage: Stage,
+        layer: int,
+        keep: float | int,
+        carried: dict[str, fx.Node],
+        ctx: PassContext,
+    ) -> dict[str, fx.Node]:
         modality = modality_of_tokens(stage)
         layers = find_layers(stage, after=modality.anchor)
-        quotas = [quota(count, keep) for count in modality.visual]
-        if quotas == list(modality.visual):
-            ctx.remark(
-                f"layer {layer}: keep={keep} keeps all {max(quotas)} visual tokens",
-                stage=stage.name,
-            )
-            return
-        hidden = layers.entries[layer]
+        original = stage.facts["visual_tokens"]
+        base = original if self.of == "original" else modality.visual
+        quotas = [
+            min(self.quota(count, keep), present)
+            for count, present in zip(base, modality.visual, strict=True)
+        ]
         site = CutSite(
             stage,
             layer,
-            hidden,
+            layers.entries[layer],
             modality.source,
             modality.kept,
             modality.visual,
@@ -118,54 +205,133 @@ class TokenDrop(Pass):
             match=len(stage.cuts) + 1,
             prefix=_identifier(self.name),
             ctx=ctx,
+            renumber=self.positions == "renumber"
+            or (self.positions == "auto" and has_one_axis(stage)),
         )
-        nodes = {name: _NODES[name](layers, layer) for name in self.reads if name in _NODES}
-
-        def choose(
-            modality: Tensor, length: Any, *values: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor | None]:
-            visual = modality == Modality.VISION
-            given = dict(zip(nodes, values, strict=True), ordinal=select.ordinal(visual))
-            score = self.score(*(given[name] for name in self.reads)).float()
-            if len(set(quotas)) == 1 and len(set(site.visual)) == 1:
-                return score, select.keep_best(score, visual, length), None
-            count = visual.sum(1, keepdim=True)
-            slots, valid = select.keep_best_ragged(
-                score, visual, modality == Modality.PADDING, quota_of(count, keep), length
+        if self.layer_reads:
+            carried = self._accumulate(site, layers, carried)
+        if quotas == list(modality.visual):
+            ctx.remark(
+                f"layer {layer}: keep={keep} keeps all {max(quotas)} visual tokens",
+                stage=stage.name,
             )
-            return score, slots, valid
+            return carried
+        names = [name for name in self.reads if name in VALUES or name in carried]
+        if self.merges and "hidden" not in names:
+            names.append("hidden")
 
-        cut_tokens(site, choose, list(nodes.values()))
+        def read(emit: Emitter, modality: fx.Node) -> list[fx.Node]:
+            values = CutValues(stage, layers, layer, modality, site.visual, emit, carried)
+            counted = site.modality if self.of == "original" else modality
+            return [counted, *(values[name] for name in names)]
 
+        def choose(modality: Tensor, length: Any, counted: Tensor, *values: Tensor) -> Choice:
+            def quota() -> Tensor:
+                return self._quotas((counted == Modality.VISION).sum(1, keepdim=True), keep)
 
-def quota(count: int, keep: float | int) -> int:
-    """Visual tokens to keep of ``count``: at least one of any, by exact arithmetic.
+            given = dict(zip(names, values, strict=True))
+            return self._choose(site, modality, length, quota, given)
 
-    ``keep`` is a share from 0 to 1, or a count from 2 up.
-    """
-    if count == 0:
-        return 0
-    if keep > 1:
-        return min(int(keep), count)
-    share = Fraction(str(keep))
-    return max(1, count * share.numerator // share.denominator)
+        return cut_tokens(site, choose, read, carried)
 
+    def _choose(
+        self,
+        site: CutSite,
+        modality: Tensor,
+        length: Any,
+        quota: Callable[[], Tensor],
+        given: dict[str, Any],
+    ) -> Choice:
+        visual = modality == Modality.VISION
+        hidden = given["hidden"] if self.merges else None
+        slots_of_visual = valid = None
+        if self.compact or self.merges:
+            slots_of_visual, valid = select.visual_slots(visual, max(site.visual))
+            given = {
+                name: value if name in PER_SAMPLE else select.take(value, slots_of_visual)
+                for name, value in given.items()
+            }
+        computed: dict[str, Callable[[], Any]] = {
+            "visual": lambda: visual,
+            "valid": lambda: valid,
+            "ordinal": lambda: select.ordinal(visual),
+            "count": lambda: max(site.quotas),
+            "quota": quota,
+            "present": lambda: visual.sum(1, keepdim=True),
+        }
+        values = [given[name] if name in given else computed[name]() for name in self.reads]
+        own = self.score(*values).float()
+        score = own if slots_of_visual is None else select.put(own, slots_of_visual, visual)
+        valid_slots = None
+        if len(set(site.quotas)) == 1 and len(set(site.visual)) == 1:
+            slots = select.keep_best(score, visual, length)
+        else:
+            slots, valid_slots = select.keep_best_ragged(
+                score, visual, modality == Modality.PADDING, quota(), length
+            )
+        if hidden is None:
+            return score, slots, valid_slots, None
+        assert slots_of_visual is not None
+        assert valid is not None
+        stays = torch.ones_like(slots, dtype=torch.bool) if valid_slots is None else valid_slots
+        kept = torch.zeros_like(visual).scatter(1, slots, stays).gather(1, slots_of_visual) & valid
+        merged = self.merge(given["hidden"], own, kept, *values).to(hidden.dtype)
+        merged = torch.where(kept[..., None], merged, given["hidden"])
+        index = slots_of_visual[..., None].expand_as(merged)
+        return score, slots, valid_slots, select.take(hidden.scatter(1, index, merged), slots)
 
-def quota_of(count: Tensor, keep: float | int) -> Tensor:
-    """:func:`quota` of each element of an int64 tensor."""
-    if keep > 1:
-        return count.clamp(max=int(keep))
-    share = Fraction(str(keep))
-    wanted = torch.div(count * share.numerator, share.denominator, rounding_mode="floor")
-    return torch.minimum(wanted.clamp(min=1), count)
+    def _accumulate(
+        self, site: CutSite, layers: Layers, carried: dict[str, fx.Node]
+    ) -> dict[str, fx.Node]:
+        """Add the scores of the layers since the last cut to what was carried from before it."""
+        stage = site.stage
+        done = stage.cuts[-1].layer if carried else 0
+        history = carried.get("history")
+        for layer in self.scored_layers():
+            if not done <= layer < site.layer:
+                continue
+            parts = sublayers(layers, layer)
+            if parts.middle.meta["val"].shape[1] != site.hidden.meta["val"].shape[1]:
+                raise PreconditionError(
+                    f"{self.name} scores layer {layer}, before a cut of another pass",
+                    node=parts.middle,
+                    hint="score layers after that cut only",
+                )
+            with emitting(site, parts.ffn_out) as (emit, modality, _):
+                given = {"real": emit.call(torch.ops.aten.ne.Scalar, modality, Modality.PADDING)}
+                values = [given.get(n) or getattr(parts, n) for n in self.layer_reads]
+                own = emit.trace(self.layer_score, *values, names=(f"layer_{layer}",))
+                if history is not None:
+                    own = emit.call(torch.ops.aten.add.Tensor, history, own, name="history")
+                history = own
+        return {} if history is None else {"history": history}
+
+    def quota(self, count: int, keep: float | int) -> int:
+        """Visual tokens to keep of ``count``, by exact arithmetic.
+
+        ``keep`` is a share from 0 to 1, or a count from 2 up.
+        """
+        if keep > 1:
+            return min(int(keep), count)
+        wanted = _ROUNDINGS[self.rounding](count * Fraction(str(keep)))
+        return min(max(self.least, wanted), count)
+
+    def _quotas(self, count: Tensor, keep: float | int) -> Tensor:
+        """:meth:`quota` of each element of an int64 tensor."""
+        if keep > 1:
+            return count.clamp(max=int(keep))
+        share = Fraction(str(keep))
+        top, bottom = share.numerator, share.denominator
+        if self.rounding == "ceil":
+            wanted = torch.div(count * top + bottom - 1, bottom, rounding_mode="floor")
+        elif self.rounding == "round":  # halves to even
+            doubled = torch.div(2 * count * top + bottom, 2 * bottom, rounding_mode="floor")
+            half = (2 * count * top) % (2 * bottom) == bottom
+            wanted = torch.where(half & (doubled % 2 == 1), doubled - 1, doubled)
+        else:
+            wanted = torch.div(count * top, bottom, rounding_mode="floor")
+        return torch.minimum(wanted.clamp(min=self.least), count)
 
 
 def _identifier(name: str) -> str:
     return name.replace("-", "_")
-
-
-_NODES: dict[str, Callable[[Layers, int], fx.Node]] = {
-    "hidden": lambda layers, layer: layers.entries[layer],
-    "previous_hidden": lambda layers, layer: layers.entries[layer - 1],
-}
-"""Values of the graph that a score may read, by name."""

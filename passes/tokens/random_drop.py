@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.pipeline.options import option
+from vlmopt.pipeline.options import option, override
 
 _PRIME = 2**31 - 1  # squares of what is below still fit int64
 
@@ -22,18 +22,9 @@ class RandomDrop(TokenDrop):
 
     name = "random-drop"
     example = "random-drop{layers=2 keep=0.33 seed=0}"
-    first_layer = 0
     reads = ("ordinal",)
 
-    layers: tuple[int, ...] = option(
-        (2,), "layers whose input is cut, counted from 0", ge=0, increasing=True, min_items=1
-    )
-    keep: tuple[float | int, ...] = option(
-        (0.33,),
-        "visual tokens kept at each cut: a share of those present (0 to 1), or a count (2 and up)",
-        ge=0,
-        min_items=1,
-    )
+    keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.33,))
     seed: int = option(0, "seed of the random order", ge=0)
 
     def score(self, ordinal: Tensor) -> Tensor:  # type: ignore[override]

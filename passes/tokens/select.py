@@ -58,6 +58,52 @@ def keep_best_ragged(
     return slots, tier.gather(1, slots) != 0
 
 
+def visual_slots(visual: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Slots of the visual tokens of each sample, in order.
+
+    Args:
+        visual: bool ``[batch, tokens]``.
+        count: the most visual tokens that a sample has.
+
+    Returns:
+        int64 ``[batch, count]``, and bool ``[batch, count]``: False where a sample has fewer; the
+        slots there are those of other tokens.
+    """
+    order = torch.sort(visual.long(), dim=-1, descending=True, stable=True).indices
+    slots = order[:, :count]
+    return slots, visual.gather(1, slots)
+
+
+def take(values: Tensor, slots: Tensor) -> Tensor:
+    """Rows ``slots[b]`` of each sample: ``[batch, tokens, ...]`` to ``[batch, slots, ...]``."""
+    index = slots.view(*slots.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, index.expand(*slots.shape, *values.shape[2:]))
+
+
+def put(score: Tensor, slots: Tensor, visual: Tensor) -> Tensor:
+    """Scores of the visual tokens at their slots, minus infinity at the others."""
+    spread = score.new_full(visual.shape, float("-inf")).scatter(1, slots, score)
+    return torch.where(visual, spread, float("-inf"))
+
+
+def by_order(picks: Tensor, count: int) -> Tensor:
+    """Scores that rank ``count`` tokens by the order of picking; float32 ``[batch, count]``.
+
+    Args:
+        picks: int64 ``[batch, picks]``, best first. Tokens that were not picked score 0.
+    """
+    rank = torch.arange(picks.shape[1], 0, -1, device=picks.device, dtype=torch.float32)
+    zeros = torch.zeros(picks.shape[0], count, device=picks.device)
+    return zeros.scatter(1, picks, rank.expand_as(picks))
+
+
+def min_max(values: Tensor, valid: Tensor) -> Tensor:
+    """Scaled to 0 .. 1 over the valid entries of each row; 0 where all are the same."""
+    low = values.masked_fill(~valid, float("inf")).amin(-1, keepdim=True)
+    high = values.masked_fill(~valid, float("-inf")).amax(-1, keepdim=True)
+    return torch.where(high > low, (values - low) / (high - low), 0.0)
+
+
 def ordinal(visual: Tensor) -> Tensor:
     """Number of each visual token among those of its sample, from 0; int64, like ``visual``."""
     return visual.long().cumsum(-1) - 1

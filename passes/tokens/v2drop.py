@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.pipeline.options import option
+from vlmopt.pipeline.options import override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,8 @@ class V2Drop(TokenDrop):
     first_layer = 1
     reads = ("hidden", "previous_hidden")
 
-    layers: tuple[int, ...] = option(
-        (3, 17, 22), "layers whose input is cut, counted from 0", ge=1, increasing=True, min_items=1
-    )
-    keep: tuple[float | int, ...] = option(
-        (0.5, 0.5, 0.0),
-        "visual tokens kept at each cut: a share of those present (0 to 1), or a count (2 and up)",
-        ge=0,
-        min_items=1,
-    )
+    layers: tuple[int, ...] = override(TokenDrop, "layers", (3, 17, 22), ge=1)
+    keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.5, 0.5, 0.0))
 
     @staticmethod
     def score(hidden: Tensor, previous_hidden: Tensor) -> Tensor:  # type: ignore[override]

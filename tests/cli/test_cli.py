@@ -203,7 +203,7 @@ def test_passes(vlmopt: Any) -> None:
     assert {"random-drop", "v2drop"} <= set(names)
     page = vlmopt("passes", "v2drop").out
     assert page.startswith("v2drop  (tokens, reduce, lossy)\n")
-    assert "\n  layers  layers whose input is cut" in page
+    assert "\n  layers     layers whose input is cut" in page
 
 
 def tiny_llava() -> Any:

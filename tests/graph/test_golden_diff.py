@@ -34,22 +34,22 @@ llava  ->  v2drop{layers=2 keep=0.5}    verified: full
 v2drop    1 match    +40 -0 ~148 nodes    visual tokens 16 -> 8    lossy
 
 @@ language_model  layers.2  [v2drop #1]  modeling_llama.py:N
-  %add_13                    = add(%add_11, %linear_13)               f32[1,27,32]
-+ %v2drop_eq                 = eq(%modality, 2)                       b8[1,27]
-+ %v2drop_to_1               = to(%add_13, f32)                       f32[1,27,32]
-+ %v2drop_to_2               = to(%add_7, f32)                        f32[1,27,32]
-+ %v2drop_sub_1              = sub(%v2drop_to_1, %v2drop_to_2)        f32[1,27,32]
-+ %v2drop_linalg_vector_norm = linalg_vector_norm(%v2drop_sub_1, 2, [-1])  f32[1,27]
-+ %v2drop_score              = to(%v2drop_linalg_vector_norm, f32)    f32[1,27]
-+ %v2drop_where              = where(%v2drop_eq, %v2drop_score, inf)  f32[1,27]
+  %add_13                    = add(%add_11, %linear_13)                  f32[1,27,32]
++ %v2drop_eq                 = eq(%modality, 2)                          b8[1,27]
++ %v2drop_to                 = to(%add_13, f32)                          f32[1,27,32]
++ %v2drop_to_1               = to(%add_7, f32)                           f32[1,27,32]
++ %v2drop_sub                = sub(%v2drop_to, %v2drop_to_1)             f32[1,27,32]
++ %v2drop_linalg_vector_norm = linalg_vector_norm(%v2drop_sub, 2, [-1])  f32[1,27]
++ %v2drop_score              = to(%v2drop_linalg_vector_norm, f32)       f32[1,27]
++ %v2drop_where              = where(%v2drop_eq, %v2drop_score, inf)     f32[1,27]
 + %v2drop_sort               = sort(%v2drop_where, stable=True, descending=True)  (f32[1,27], i64[1,27])
-+ %v2drop_getitem_1          = getitem(%v2drop_sort, 1)               i64[1,27]
-+ %v2drop_slice_1            = slice(%v2drop_getitem_1, 1, 0, 19)     i64[1,19]
-+ %v2drop_sort_1             = sort(%v2drop_slice_1)                  (i64[1,19], i64[1,19])
-+ %v2drop_keep               = getitem(%v2drop_sort_1, 0)             i64[1,19]      11 text + 8 visual
-+ %v2drop_reshape            = reshape(%v2drop_keep, [1, 19, 1])      i64[1,19,1]
-+ %v2drop_expand             = expand(%v2drop_reshape, [1, 19, 32])   i64[1,19,32]
-+ %v2drop_out                = gather(%add_13, 1, %v2drop_expand)     f32[1,19,32]
++ %v2drop_getitem_1          = getitem(%v2drop_sort, 1)                  i64[1,27]
++ %v2drop_slice_1            = slice(%v2drop_getitem_1, 1, 0, 19)        i64[1,19]
++ %v2drop_sort_1             = sort(%v2drop_slice_1)                     (i64[1,19], i64[1,19])
++ %v2drop_keep               = getitem(%v2drop_sort_1, 0)                i64[1,19]      11 text + 8 visual
++ %v2drop_reshape            = reshape(%v2drop_keep, [1, 19, 1])         i64[1,19,1]
++ %v2drop_expand             = expand(%v2drop_reshape, [1, 19, 32])      i64[1,19,32]
++ %v2drop_out                = gather(%add_13, 1, %v2drop_expand)        f32[1,19,32]
 ! %pow_5                       arg 0: %add_13 -> %v2drop_out
 ! %mul_21                      arg 0: %add_13 -> %v2drop_out
 ! %add_17                      arg 0: %add_13 -> %v2drop_out

@@ -15,12 +15,20 @@ from safetensors.torch import load_file
 import vlmopt
 from vlmopt.errors import NoVisualTokensError, OptionError, PreconditionError
 from vlmopt.passes.tokens import select
-from vlmopt.passes.tokens.base import quota, quota_of
+from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.passes.tokens.duet_vlm import DuetVlm
+from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.random_drop import RandomDrop
 from vlmopt.passes.tokens.v2drop import V2Drop
 from vlmopt.pipeline.manager import run_pipeline
 
 VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
+
+
+class Rounding(V2Drop):
+    """Shares rounded to the nearest count."""
+
+    rounding = "round"
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -128,7 +136,7 @@ def test_golden_vectors_of_the_official_code() -> None:
             score = V2Drop.score(hidden, tensors[f"s{stage}.h_prev"][None])
             count = hidden.shape[1]
             kept = select.keep_best(
-                score, torch.ones(1, count, dtype=torch.bool), quota(count, keep)
+                score, torch.ones(1, count, dtype=torch.bool), V2Drop().quota(count, keep)
             )
             assert kept[0].tolist() == tensors[f"s{stage}.kept_local"].tolist()
 
@@ -146,11 +154,17 @@ def test_score_is_the_norm_of_the_update() -> None:
 
 
 def test_counts_of_the_paper() -> None:
+    quota = V2Drop().quota
     assert [quota(576, 0.5), quota(288, 0.3), quota(86, 0)] == [288, 86, 1]
     assert quota(100, 0.29) == 29  # a float product would give 28
-    counts = torch.tensor([[576], [3], [0]])
-    assert quota_of(counts, 0.29).tolist() == [[167], [1], [0]]
-    assert quota_of(counts, 64).tolist() == [[64], [3], [0]]
+
+
+@pytest.mark.parametrize("method", [V2Drop, Hawk, DuetVlm, Rounding])
+@pytest.mark.parametrize("keep", [0, 0.111, 0.29, 0.5, 1, 2, 64])
+def test_shares_of_tensors_are_those_of_numbers(method: type[TokenDrop], keep: float) -> None:
+    counts = [576, 100, 25, 9, 5, 3, 1, 0]
+    wanted = [[method().quota(count, keep)] for count in counts]
+    assert method()._quotas(torch.tensor(counts)[:, None], keep).tolist() == wanted
 
 
 def test_ties_go_to_the_lower_index() -> None:

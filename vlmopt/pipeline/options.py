@@ -71,6 +71,12 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, **given})
 
 
+def override(base: type[Any], name: str, default: Any, **changes: Any) -> Any:
+    """The option ``name`` of a base class with another default, and perhaps other constraints."""
+    field = next(field for field in dataclasses.fields(base) if field.name == name)
+    return dataclasses.field(default=default, metadata={**field.metadata, **changes})
+
+
 @dataclasses.dataclass(frozen=True)
 class OptionRow:
     """An option as documentation shows it: all texts, ``default`` as in a pipeline."""

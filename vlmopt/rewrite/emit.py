@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,14 @@ from vlmopt.program import fetch_attr
 def value_of(node: Any) -> Any:
     """The fake value recorded for a node; any other argument is its own value."""
     return node.meta["val"] if isinstance(node, fx.Node) else node
+
+
+_LIFTS = {
+    torch.ops.aten.lift_fresh.default,
+    torch.ops.aten.lift_fresh_copy.default,
+    torch.ops.aten.detach_.default,
+}
+"""What ``torch.tensor(...)`` leaves behind in a trace beside the constant itself."""
 
 
 class Emitter:
@@ -57,6 +65,13 @@ class Emitter:
         self._finish(node, value)
         return node
 
+    def copy(self, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """``node`` once more, on other arguments of the same shapes."""
+        copied = self.graph.node_copy(node, lambda value: mapping.get(value, value))
+        copied.name = self._unique(f"{self.prefix}_{node.name}")
+        self._finish(copied, node.meta.get("val"))
+        return copied
+
     def trace(self, function: Callable[..., Any], *args: Any, names: tuple[str, ...] = ()) -> Any:
         """The operators of ``function(*args)``, traced on fake tensors and inserted in place.
 
@@ -75,6 +90,9 @@ class Emitter:
 
         with self.fake_mode:
             traced = make_fx(closed, pre_dispatch=True)(*(arg.meta["val"] for arg in tensors))
+        for node in [node for node in traced.graph.nodes if node.target in _LIFTS]:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
         traced.graph.eliminate_dead_code()
         mapping: dict[fx.Node, Any] = {}
         placeholders = iter(tensors)

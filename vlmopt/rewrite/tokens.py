@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.token_axes import B, Dims, Factor, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Cut, Modality, Port, Role, Stage
 from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.positions import carries_positions, dropped_before, renumbered
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 
 aten = torch.ops.aten
@@ -29,6 +33,7 @@ class CutSite:
         modality: modality of the tokens of the whole prompt, int64 ``[batch, tokens]``.
         kept: slots of the tokens still present, ``None`` before the first cut.
         visual, quotas: visual tokens before and after, per sample.
+        renumber: the tokens that stay get new positions, as if the others had never been.
         match: number of this cut among those of the stage, from 1.
         prefix: first part of the names of new nodes.
     """
@@ -43,25 +48,37 @@ class CutSite:
     match: int
     prefix: str
     ctx: PassContext
+    renumber: bool = False
+
+
+Choice = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def cut_tokens(
     site: CutSite,
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
-    values: list[fx.Node],
-) -> None:
+    choose: Callable[..., Choice],
+    read: Callable[[Emitter, fx.Node], Sequence[Any]],
+    carry: Mapping[str, fx.Node] | None = None,
+) -> dict[str, fx.Node]:
     """Keep the tokens that ``choose`` selects, from ``site.hidden`` on.
 
     Args:
-        choose: ``(modality, length, *values) -> (score, slots, valid)``: float32 ``[batch,
+        choose: ``(modality, length, *values) -> (score, slots, valid, rows)``: float32 ``[batch,
             tokens]``; int64 ``[batch, length]`` ascending; bool ``[batch, length]``, False for
-            fillers that no one may attend to, or ``None`` where there are none.
-        values: what ``choose`` reads; their tokens are those of ``site.hidden``.
+            fillers that no one may attend to, or ``None`` where there are none; what the residual
+            stream holds for the tokens that stay, ``[batch, length, width]``, or ``None`` where
+            it holds what it held.
+        read: called with an emitter at the cut and the modality of the tokens present there;
+            returns the values for ``choose``.
+        carry: per-token values ``[batch, tokens]`` to take along.
+
+    Returns:
+        What was to be carried, for the tokens that stay.
 
     Raises:
         UnsupportedOperatorError: what follows cannot run on fewer tokens.
     """
-    stage, graph = site.stage, site.stage.graph
+    graph = site.stage.graph
     val = site.hidden.meta["val"]
     batch, tokens = val.shape[0], val.shape[1]
     dropped = min(b - a for b, a in zip(site.visual, site.quotas, strict=True))
@@ -71,44 +88,75 @@ def cut_tokens(
         site.hidden: ((B,) if batch != 1 else (1,), (T,), (int(val.shape[2]),))
     }
     axes = follow_tokens(graph, starts, tokens=_factor(tokens), batch=_batch(batch))
-    emit = _emitter(site.ctx, stage, site.hidden, site.match, site.prefix)
-
     present = [site.kept] if site.kept is not None else []
-    last = _latest(graph, [site.hidden, site.modality, *present, *values])
-    with graph.inserting_after(last):
-        anchor = graph.call_function(aten.alias.default, (last,))  # keeps the insertion point
-    with graph.inserting_before(anchor):
+    carry = carry or {}
+    with emitting(site, site.hidden, *carry.values()) as (emit, modality, anchor):
         if isinstance(tokens, torch.SymInt):  # a graph for prompts of any length
             size = emit.call(aten.sym_size.int, site.hidden, 1)
             length = emit.call(operator.sub, size, dropped, name="length")
-        modality = site.modality
-        if present:
-            modality = emit.trace(_modality_of_kept, modality, *present, names=("modality",))
-        _score, slots, valid = emit.trace(
-            choose, modality, length, *values, names=("score", "keep", "valid")
+        _score, slots, valid, shorter = emit.trace(
+            choose,
+            modality,
+            length,
+            *read(emit, modality),
+            names=("score", "keep", "valid", "out"),
         )
-        shorter = gather_tokens(emit, site.hidden, starts[site.hidden], lambda _: slots, name="out")
+
+        def gather(value: fx.Node, dims: Dims, name: str, index: fx.Node = slots) -> fx.Node:
+            return gather_tokens(emit, value, dims, lambda _: index, name=name)
+
+        hidden_dims = starts[site.hidden]
+        if shorter is None:
+            shorter = gather(site.hidden, hidden_dims, "out")
+        carried = {name: gather(value, hidden_dims[:2], name) for name, value in carry.items()}
+        places = slots
+        if site.renumber:
+            places = emit.trace(renumbered, modality, slots, names=("places",))
         kept = slots
         if present or valid is not None:
             kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
-    frontier: dict[fx.Node, fx.Node] = {}
-    for value, dims in axes.frontier.items():
-        if any(has_tokens(dim) and dim[-1] != T for dim in dims):
-            raise UnsupportedOperatorError(
-                f"%{value.name} counts more tokens than this prompt has",
-                node=value,
-                hint="start a new prompt, without past_key_values",
-            )
-        with graph.inserting_before(_after(graph, value, anchor)):
-            fewer = gather_tokens(emit, value, dims, lambda _: slots, name=f"gather_{value.name}")
-            if ragged and _is_mask(axes, value):
-                fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
-        frontier[value] = fewer
-    if ragged:
-        _require_masks(axes)
-    shorten_region(axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier)
-    graph.erase_node(anchor)
-    _finish(site, axes, kept, tokens, tokens - dropped)
+        frontier: dict[fx.Node, fx.Node] = {}
+        for value, dims in axes.frontier.items():
+            if any(has_tokens(dim) and dim[-1] != T for dim in dims):
+                raise UnsupportedOperatorError(
+                    f"%{value.name} counts more tokens than this prompt has",
+                    node=value,
+                    hint="start a new prompt, without past_key_values",
+                )
+            index = places if site.renumber and carries_positions(value) else slots
+            with graph.inserting_before(_after(graph, value, anchor)):
+                fewer = gather(value, dims, f"gather_{value.name}", index)
+                if ragged and _is_mask(axes, value):
+                    fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
+            frontier[value] = fewer
+        if ragged:
+            _require_masks(axes)
+        shorten_region(axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier)
+    _finish(site, axes, kept, tokens, tokens - dropped, set(carried.values()))
+    return carried
+
+
+@contextmanager
+def emitting(site: CutSite, *after: fx.Node) -> Iterator[tuple[Emitter, fx.Node, fx.Node]]:
+    """Insert after some values.
+
+    Yields:
+        An emitter, the modality of the tokens present there, and the node before which it inserts.
+    """
+    graph = site.stage.graph
+    present = [site.kept] if site.kept is not None else []
+    emit = _emitter(site.ctx, site.stage, site.hidden, site.match, site.prefix)
+    last = _latest(graph, [site.modality, *present, *after])
+    with graph.inserting_after(last):
+        anchor = graph.call_function(aten.alias.default, (last,))  # keeps the insertion point
+    try:
+        with graph.inserting_before(anchor):
+            modality = site.modality
+            if present:
+                modality = emit.trace(_modality_of_kept, modality, *present, names=("modality",))
+            yield emit, modality, anchor
+    finally:
+        graph.erase_node(anchor)
 
 
 def cut_decode(
@@ -191,14 +239,75 @@ def cut_decode(
     shorten_region(
         axes, emit, starts={node: node for node in starts}, length=length, frontier=frontier
     )
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    graph.lint()
-    decode.graph_module.recompile()
+    if cut.renumbered:
+        _lower_positions(decode, cut.layer, kept, emit)
+    remove_unused(decode)
     decode.inputs = (
         *(replace(port, kept=kept_name) if port in nodes else port for port in decode.inputs),
         Port(kept_name, Role.KEPT),
     )
     decode.outputs = _outputs_on_kept(decode, axes, kept_name)
+
+
+def _lower_positions(decode: Stage, layer: int, kept: fx.Node, emit: Emitter) -> None:
+    """From ``layer`` on, a new token stands right behind the tokens that were kept."""
+    graph = decode.graph
+    ports = decode.find_inputs(Role.POSITION_IDS)
+    if not ports:
+        raise PreconditionError(
+            f"the decode stage of this {decode.name} has no position ids that could be lowered",
+            hint="let tokens keep their positions: positions=keep",
+        )
+    positions = decode.placeholder(ports[0])
+    later = {node for node, index in find_layers(decode).of.items() if index >= layer}
+    entering = {
+        value: [user for user in value.users if user in later]
+        for value in graph.nodes
+        if value not in later and (value is positions or carries_positions(value))
+    }
+    entering = {value: users for value, users in entering.items() if users}
+    start = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with graph.inserting_before(start):
+        dropped = emit.trace(
+            dropped_before,
+            _mask_over_all(decode),
+            kept,
+            decode.facts["tokens"],
+            names=("dropped",),
+        )
+        lowered = emit.call(aten.sub.Tensor, positions, dropped, name="positions")
+        lowered.meta["custom"]["vlmopt"]["lowers"] = positions.name
+    # an earlier cut may have lowered them before
+    before = [user for user in positions.users if user is not lowered and _lowers(user, positions)]
+    known = dict.fromkeys([positions, *before], lowered)
+    for value, users in entering.items():
+        copies = dict(known)
+        for node in _made_from(set(known), value):
+            with graph.inserting_before(node.next):
+                copies[node] = emit.copy(node, copies)
+        for user in users:
+            user.replace_input_with(value, copies.get(value, value))
+
+
+def _lowers(node: fx.Node, positions: fx.Node) -> bool:
+    made = (node.meta.get("custom") or {}).get("vlmopt", {})
+    return made.get("lowers") == positions.name
+
+
+def _made_from(starts: set[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """Nodes on the ways from ``starts`` to ``end``, the end included, in order."""
+    above: set[fx.Node] = set()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node not in above and node not in starts:
+            above.add(node)
+            stack.extend(node.all_input_nodes)
+    below = set(starts)
+    for node in end.graph.nodes:
+        if node in above and any(value in below for value in node.all_input_nodes):
+            below.add(node)
+    return [node for node in end.graph.nodes if node in below - starts]
 
 
 # -- pieces ------------------------------------------------------------------------------------
@@ -235,7 +344,9 @@ def _modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept >= 0, present, Modality.PADDING)
 
 
-def _finish(site: CutSite, axes: TokenAxes, kept: fx.Node, before: Any, after: Any) -> None:
+def _finish(
+    site: CutSite, axes: TokenAxes, kept: fx.Node, before: Any, after: Any, carried: set[fx.Node]
+) -> None:
     stage, graph = site.stage, site.stage.graph
     name = f"kept_{site.match}"
     output = graph.output_node()
@@ -249,10 +360,18 @@ def _finish(site: CutSite, axes: TokenAxes, kept: fx.Node, before: Any, after: A
             tuple(zip(site.visual, site.quotas, strict=True)),
             name,
             site.ctx.spec,
+            site.renumber,
         ),
     )
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    graph.lint()
+    remove_unused(stage, but=carried)
+
+
+def remove_unused(stage: Stage, but: AbstractSet[fx.Node] = frozenset()) -> None:
+    """Delete what no output needs, inputs apart; check the graph and make it callable again."""
+    stage.graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output") or node in but
+    )
+    stage.graph.lint()
     stage.graph_module.recompile()
 
 

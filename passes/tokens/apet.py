@@ -1,0 +1,168 @@
+"""ApET: keep the visual tokens that a small basis cannot express, merge the rest into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmopt.errors import PreconditionError
+from vlmopt.ops.selection import farthest_point
+from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.pipeline.options import option, override
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApET(TokenDrop):
+    """Keep the visual tokens with the largest error of linear approximation; merge the others.
+
+    A basis of a few tokens, far from each other, approximates all tokens by ridge regression. The
+    tokens with the largest errors stay; the last few of these give their places to the basis
+    (``mode``), and every dropped token is averaged into the most similar of the others. Needs no
+    attention.
+
+    Reference: "ApET: Approximation-Error Guided Token Compression for Efficient VLMs",
+    arXiv 2602.19870. The official code starts the basis at random; here it starts with the token
+    of largest norm.
+    """
+
+    name = "apet"
+    example = "apet{keep=96}"
+    reference = "arXiv 2602.19870"
+    reads = ("hidden", "valid", "count")
+    compact = True
+    merges = True
+
+    layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
+    keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.2,))
+    basis: int = option(10, "tokens of the basis", ge=1)
+    ridge: float = option(1e-5, "regularisation of the approximation", gt=0)
+    mode: str = option(
+        "overwrite",
+        "basis tokens replace the last kept ones, are averaged with them, or stay at places of "
+        "their own",
+        choices=("overwrite", "blend", "own"),
+    )
+    pairing: str = option(
+        "index",
+        "which basis token goes to which place: by position, or by error",
+        choices=("index", "error"),
+    )
+
+    def score(self, hidden: Tensor, valid: Tensor, count: int) -> Tensor:  # type: ignore[override]
+        """Error of approximation; with ``mode=own`` the basis comes first.
+
+        Args:
+            hidden: ``[batch, visual tokens, width]``.
+            valid: bool ``[batch, visual tokens]``.
+            count: visual tokens that stay.
+
+        Returns:
+            float32 ``[batch, visual tokens]``.
+
+        Raises:
+            PreconditionError: not more tokens stay than the basis has.
+        """
+        if count <= self.basis:
+            raise PreconditionError(
+                f"{self.name} keeps {count} visual tokens, not more than its basis of {self.basis}",
+                hint="keep more, or set a smaller basis",
+            )
+        picks = self.basis_of(hidden, valid)
+        error = approximation_error(hidden, picks, self.ridge)
+        return error.scatter(1, picks, float("inf")) if self.mode == "own" else error
+
+    def basis_of(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        """Farthest-point sampling from the token of largest norm: int64 ``[batch, basis]``."""
+        start = hidden.float().norm(dim=-1).masked_fill(~valid, -1.0).argmax(-1)
+        return farthest_point(hidden, valid, None, start, self.basis, "squared")
+
+    def merge(  # type: ignore[override]
+        self, tokens: Tensor, score: Tensor, kept: Tensor, hidden: Tensor, valid: Tensor, count: int
+    ) -> Tensor:
+        """Basis tokens at their places, dropped tokens averaged into anchors.
+
+        Args:
+            tokens, hidden: ``[batch, visual tokens, width]``.
+            score: errors.
+            kept, valid: bool ``[batch, visual tokens]``.
+            count: visual tokens that stay, at most.
+        """
+        return self.merged(tokens, score, kept, valid, self.basis_of(tokens, valid))
+
+    def merged(
+        self, tokens: Tensor, score: Tensor, kept: Tensor, valid: Tensor, picks: Tensor
+    ) -> Tensor:
+        """:meth:`merge` for a given basis, int64 ``[batch, basis]``."""
+        rows = tokens.float()
+        order = torch.sort(
+            torch.where(kept, score, float("-inf")), dim=-1, descending=True, stable=True
+        ).indices
+        place = torch.arange(rows.shape[1], device=rows.device).expand_as(order)
+        rank = torch.zeros_like(order).scatter(1, order, place)
+        own = torch.zeros_like(kept).scatter(1, picks, True)
+        if self.mode == "own":
+            anchors = kept & ~own
+        else:
+            anchors = kept & (rank < kept.sum(-1, keepdim=True) - self.basis)
+            rows = self._with_basis(rows, kept & ~anchors, rank, picks)
+        return _average(rows, anchors, valid & ~kept, order)
+
+    def _with_basis(self, rows: Tensor, slots: Tensor, rank: Tensor, picks: Tensor) -> Tensor:
+        """Rows with the basis at ``slots`` (bool, as many per sample as the basis has)."""
+        key = rank if self.pairing == "error" else torch.arange(rows.shape[1], device=rows.device)
+        key = torch.where(slots, key, rows.shape[1])
+        places = torch.sort(key, dim=-1, stable=True).indices[:, : self.basis]
+        index = places[..., None].expand(-1, -1, rows.shape[2])
+        basis = rows.gather(1, picks[..., None].expand(-1, -1, rows.shape[2]))
+        if self.mode == "blend":
+            basis = 0.5 * basis + 0.5 * rows.gather(1, index)
+        return rows.scatter(1, index, basis)
+
+
+def approximation_error(hidden: Tensor, picks: Tensor, ridge: float) -> Tensor:
+    """Distance of each token from its ridge approximation by the tokens ``picks``.
+
+    Args:
+        hidden: ``[batch, tokens, width]``.
+        picks: int64 ``[batch, basis]``.
+
+    Returns:
+        float32 ``[batch, tokens]``.
+    """
+    rows = hidden.float()
+    basis = rows.gather(1, picks[..., None].expand(-1, -1, rows.shape[2]))
+    gram = basis @ basis.transpose(1, 2)
+    gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device)
+    weights = _solve(gram, basis @ rows.transpose(1, 2))
+    return (rows - weights.transpose(1, 2) @ basis).norm(dim=-1)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix^-1 right`` for small positive definite matrices, by elimination.
+
+    Unrolled: ``linalg.solve`` has no counterpart in ONNX.
+    """
+    size = matrix.shape[-1]
+    system = torch.cat([matrix, right], dim=-1)
+    for at in range(size):
+        pivot = system[:, at : at + 1] / system[:, at : at + 1, at : at + 1]
+        factors = system[:, :, at : at + 1]
+        unit = torch.arange(size, device=matrix.device)[:, None] == at
+        system = torch.where(unit, pivot, system - factors * pivot)
+    return system[..., size:]
+
+
+def _average(rows: Tensor, anchors: Tensor, leaving: Tensor, order: Tensor) -> Tensor:
+    """Anchors as the mean of themselves and of the leaving tokens most similar to them."""
+    unit = torch.nn.functional.normalize(rows, dim=-1)
+    among = unit.gather(1, order[..., None].expand_as(unit))  # of equal ones the first in rank
+    similarity = unit @ among.transpose(1, 2)
+    ranked_anchors = anchors.gather(1, order)
+    similarity = similarity.masked_fill(~ranked_anchors[:, None], float("-inf"))
+    target = order.gather(1, similarity.argmax(-1))
+    index = target[..., None].expand_as(rows)
+    total = rows.scatter_add(1, index, rows * leaving[..., None])
+    count = torch.ones_like(rows[..., 0]).scatter_add(1, target, leaving.float())
+    return torch.where(anchors[..., None], total / count[..., None], rows)

@@ -1,0 +1,207 @@
+"""The methods' pure functions on inputs and outputs of their official code.
+
+The folder is taken from ``VLMOPT_VECTORS``; one folder per method, any number of cases in each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmopt.ops.selection import farthest_point
+from vlmopt.passes.tokens import select
+from vlmopt.passes.tokens.apet import ApET, approximation_error
+from vlmopt.passes.tokens.duet_vlm import DuetVlm
+from vlmopt.passes.tokens.hawk import Hawk
+from vlmopt.passes.tokens.prune2drive import Prune2Drive
+from vlmopt.passes.tokens.transprune import TransPrune
+
+VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
+
+
+def cases(method: str, prefix: str = "") -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameters and tensors of each case of a method; those whose name starts with ``prefix``."""
+    folder = VECTORS / method
+    if not folder.is_dir():
+        pytest.skip(f"no golden vectors at {folder}")
+    found = False
+    for path in sorted(folder.glob("*.json")):
+        if prefix and not path.stem.endswith(prefix):
+            continue
+        found = True
+        yield json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    assert found
+
+
+def attention(
+    tensors: dict[str, Any], stage: str, positions: torch.Tensor, heads: int, base: float
+) -> torch.Tensor:
+    """Causal attention of the layer after a cut, mean over heads: ``[tokens, tokens]``."""
+    hidden = tensors[f"{stage}.features"].float()
+    normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+    normed = normed * tensors[f"{stage}.norm_w"]
+    query, key = (
+        (normed @ tensors[f"{stage}.{name}"].T).view(len(hidden), heads, -1).transpose(0, 1)
+        for name in ("q_w", "k_w")
+    )
+    size = query.shape[-1]
+    angle = positions[:, None].float() / base ** (torch.arange(0, size, 2) / size)
+    cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        return x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin
+
+    logits = turn(query) @ turn(key).transpose(1, 2) / size**0.5
+    hidden_from = torch.ones(len(hidden), len(hidden)).triu(1).bool()
+    return logits.masked_fill(hidden_from, float("-inf")).softmax(-1).mean(0)
+
+
+def kept(score: torch.Tensor, first: int, present: int, count: int, tokens: int) -> list[int]:
+    visual = torch.zeros(1, tokens, dtype=torch.bool)
+    visual[0, first : first + present] = True
+    spread = torch.zeros(1, tokens)
+    spread[0, first : first + present] = score
+    return select.keep_best(spread, visual, tokens - present + count)[0].tolist()
+
+
+def test_transprune() -> None:
+    for description, tensors in cases("51-transprune"):
+        given = description["parameters"]
+        method = TransPrune(keep=tuple(given["ratios"]))
+        inside = [
+            tensors[f"ttv.{name}"][None] for name in ("attn_in", "attn_out", "ffn_in", "ffn_out")
+        ]
+        real = torch.ones(inside[0].shape[:2], dtype=torch.bool)
+        own = method.layer_score(real, *inside)
+        torch.testing.assert_close(own[0], tensors["ttv.layer_score"], atol=1e-6, rtol=1e-5)
+        first, original, present = (
+            given["image_start"],
+            given["image_tokens"],
+            given["image_tokens"],
+        )
+        for stage, ratio in enumerate(given["ratios"]):
+            name = f"s{stage}"
+            rows = attention(
+                tensors,
+                name,
+                tensors[f"{name}.pos_before"],
+                given["heads"],
+                given["rope_theta"],
+            )
+            span = slice(first, first + present)
+            score = method.score(
+                tensors[f"{name}.acc_scores"].sum(0)[None, span],
+                rows[first + present :, span].mean(0)[None],
+                torch.ones(1, present, dtype=torch.bool),
+            )
+            count = method.quota(original, ratio)
+            wanted = tensors[f"{name}.kept_global"].tolist()
+            assert kept(score[0], first, present, count, len(rows)) == wanted
+            present = count
+
+
+def test_duet_second_stage() -> None:
+    for description, tensors in cases("14-duet-vlm", "case0"):
+        given = description["parameters"]
+        first, original, present = (
+            given["image_start"],
+            given["image_tokens"],
+            given["image_tokens"],
+        )
+        for stage, ratio in enumerate(given["ratios_of_N0"]):
+            name = f"B{stage}"
+            rows = attention(
+                tensors,
+                name,
+                tensors[f"{name}.pos_before"],
+                given["heads_B"],
+                given["rope_theta"],
+            )
+            score = DuetVlm.score(rows[first + present :, first : first + present].mean(0))
+            count = DuetVlm().quota(original, ratio)
+            wanted = tensors[f"{name}.kept_global"].tolist()
+            assert kept(score, first, present, count, len(rows)) == wanted
+            present = count
+
+
+def test_hawk() -> None:
+    for description, tensors in cases("21-hawk"):
+        given = description["parameters"]
+        hidden = tensors["embeds"].float()
+        normed = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
+        normed = normed * tensors["norm_weight"]
+        size = given["head_dim"]
+        query, key = (
+            (normed @ tensors[f"{name}_weight"].T + tensors[f"{name}_bias"]).unflatten(
+                -1, (-1, size)
+            )[0]
+            for name in ("q", "k")
+        )
+        first, last = given["text_query_positions"]
+        start, count = given["vision_start"], given["vision_len"]
+        mean = query[first : last + 1].mean(0)
+        keys = key[start : start + count].repeat_interleave(len(mean) // key.shape[1], dim=1)
+        logits = torch.einsum("hd,vhd->vh", mean, keys) / size**0.5
+        method = Weighted(tensors["head_weights"])
+        score = method.score(logits[None], torch.ones(1, count, dtype=torch.bool))
+        torch.testing.assert_close(score[0], tensors["scores"], atol=1e-5, rtol=0)
+        quota = method.quota(count, given["keep_ratio"])
+        assert (
+            kept(score[0], start, count, quota, hidden.shape[1]) == tensors["keep_indices"].tolist()
+        )
+
+
+class Weighted(Hawk):
+    """HAWK with weights given as a tensor."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "given", weights)
+
+    def _weights(self, heads: int) -> torch.Tensor:
+        weights: torch.Tensor = self.given  # type: ignore[attr-defined]
+        assert len(weights) == heads
+        return weights
+
+
+def test_prune2drive() -> None:
+    for description, tensors in cases("39-prune2drive"):
+        tokens = tensors["tokens"][None].float()
+        there = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        count = description["parameters"]["k"]
+        picks = farthest_point(tokens, there, None, None, count, "cosine")
+        assert picks[0].tolist() == tensors["picks"].tolist()
+        method = Prune2Drive(keep=(count,))
+        score = method.score(tokens, there)
+        best = score[0].topk(count).indices.sort().values
+        assert best.tolist() == sorted(tensors["picks"].tolist())
+
+
+def test_apet() -> None:
+    for description, tensors in cases("04-apet"):
+        given = description["parameters"]
+        first, count = given["vision_start"], given["vision_len"]
+        tokens = tensors["hidden"][:, first : first + count].float()
+        there = torch.ones(1, count, dtype=torch.bool)
+        picks = tensors["basis"].long()[None]
+        walked = farthest_point(tokens, there, None, picks[:, 0], given["basis"], "squared")
+        assert walked.tolist() == picks.tolist()
+        error = approximation_error(tokens, picks, given["eps"])
+        torch.testing.assert_close(error[0], tensors["err"].float(), atol=1e-4, rtol=1e-4)
+        rank = error.sort(descending=True, stable=True).indices[0, : given["keep"]]
+        assert rank.tolist() == tensors["rank"].tolist()
+        pairing = "error" if "rank order" in given["mode"] else "index"
+        mode = given["mode"].split(",")[0]
+        method = ApET(basis=given["basis"], ridge=given["eps"], mode=mode, pairing=pairing)
+        stays = torch.zeros_like(there)
+        stays[0, rank] = True
+        merged = method.merged(tokens, error, stays, there, picks)[stays]
+        wanted = tensors["hidden_out"][0, first : first + given["keep"]].float()
+        torch.testing.assert_close(merged, wanted, atol=2e-3, rtol=2e-3)  # stored as float16
