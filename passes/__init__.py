@@ -11,6 +11,7 @@ PASSES = {
     "divprune": "vlmopt.passes.tokens.divprune:DivPrune",
     "prune2drive": "vlmopt.passes.tokens.prune2drive:Prune2Drive",
     "coin": "vlmopt.passes.tokens.coin:CoIn",
+    "information-horizon": "vlmopt.passes.tokens.information_horizon:InformationHorizon",
     "apet": "vlmopt.passes.tokens.apet:ApET",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",

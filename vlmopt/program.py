@@ -79,6 +79,8 @@ class Cut:
         kept: name of the KEPT output port of the stage.
         made_by: text of the pass.
         renumbered: the tokens that stayed got new positions, without gaps.
+        slots: the tokens that stay, by slot of the prompt, where they are the same for every
+            prompt that the program is for; else empty.
     """
 
     layer: int
@@ -87,6 +89,7 @@ class Cut:
     kept: str
     made_by: str
     renumbered: bool = False
+    slots: tuple[int, ...] = ()
 
 
 @dataclass
@@ -97,7 +100,8 @@ class Stage:
         graph_module: the flat graph; ``node.meta["val"]`` holds a fake tensor for every value.
         inputs, outputs: one port per placeholder and per element of the output tuple, in order.
         facts: what capture measured, JSON values: ``visual_tokens`` (list of counts per sample),
-            ``text_tokens`` and ``padding_tokens`` likewise, ``tokens`` (length), ``batch``.
+            ``text_tokens`` and ``padding_tokens`` likewise, ``tokens`` (length), ``batch``,
+            ``layout`` (per sample, runs of equal modality as ``[modality, length]``).
         cuts: token cuts made by passes, in order of layer.
     """
 

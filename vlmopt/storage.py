@@ -496,4 +496,5 @@ def _cut(entry: Mapping[str, Any]) -> Cut:
         entry["kept"],
         entry["made_by"],
         entry["renumbered"],
+        tuple(entry["slots"]),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import operator
 import sys
@@ -422,7 +423,16 @@ def _modality_facts(modality: torch.Tensor) -> dict[str, Any]:
         "visual_tokens": counts(Modality.VISION),
         "text_tokens": counts(Modality.TEXT),
         "padding_tokens": counts(Modality.PADDING),
+        "layout": layout_of(modality),
     }
+
+
+def layout_of(modality: torch.Tensor) -> list[list[list[int]]]:
+    """Runs of equal modality of each sample, as ``[modality, length]``."""
+    return [
+        [[kind, len(list(run))] for kind, run in itertools.groupby(sample)]
+        for sample in modality.tolist()
+    ]
 
 
 def _add_modality(stage: Stage, facts: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -114,6 +114,10 @@ class TokenDrop(Pass):
         """float32 ``[batch, tokens]``, from the values of one layer named in ``layer_reads``."""
         raise NotImplementedError
 
+    def is_fixed(self) -> bool:
+        """Whether the choice is made when the graph is rewritten: it must not depend on values."""
+        return False
+
     def scored_layers(self) -> tuple[int, ...]:
         """Layers whose ``layer_score`` counts."""
         return ()
@@ -208,6 +212,8 @@ class TokenDrop(Pass):
             renumber=self.positions == "renumber"
             or (self.positions == "auto" and has_one_axis(stage)),
         )
+        if self.is_fixed():
+            site = replace(site, fixed=self._fixed_slots(site, keep))
         if self.layer_reads:
             carried = self._accumulate(site, layers, carried)
         if quotas == list(modality.visual):
@@ -229,6 +235,10 @@ class TokenDrop(Pass):
             def quota() -> Tensor:
                 return self._quotas((counted == Modality.VISION).sum(1, keepdim=True), keep)
 
+            if site.fixed:
+                slots = torch.tensor(site.fixed, device=modality.device)
+                every = slots.expand(modality.shape[0], -1)
+                return modality, every, None, None
             given = dict(zip(names, values, strict=True))
             return self._choose(site, modality, length, quota, given)
 
@@ -305,6 +315,30 @@ class TokenDrop(Pass):
                     own = emit.call(torch.ops.aten.add.Tensor, history, own, name="history")
                 history = own
         return {} if history is None else {"history": history}
+
+    def _fixed_slots(self, site: CutSite, keep: float | int) -> tuple[int, ...]:
+        """The tokens that stay, by slot among those present, from what capture saw of prompts."""
+        stage = site.stage
+        layout = stage.facts.get("layout")
+        earlier = stage.cuts[-1].slots if stage.cuts else None
+        if not layout or earlier == ():
+            raise PreconditionError(
+                f"{self.name} with fixed tokens: where visual tokens stand is not known here",
+                hint="leave out fixed, or use vlmopt.optimize; an earlier cut must be fixed too",
+            )
+        if any(sample != layout[0] for sample in layout):
+            raise PreconditionError(
+                f"{self.name} with fixed tokens: the samples of this batch differ in layout",
+                hint="leave out fixed, or batch prompts that hold their images at the same place",
+            )
+        whole = torch.tensor([kind for kind, length in layout[0] for _ in range(length)])
+        modality = whole[None] if earlier is None else whole[torch.tensor(earlier)][None]
+        counted = whole[None] if self.of == "original" else modality
+        quota = self._quotas((counted == Modality.VISION).sum(1, keepdim=True), keep)
+        length = modality.shape[1] - site.visual[0] + site.quotas[0]
+        one = replace(site, visual=site.visual[:1], quotas=site.quotas[:1])
+        _, slots, _, _ = self._choose(one, modality, length, lambda: quota, {})
+        return tuple(slots[0].tolist())
 
     def quota(self, count: int, keep: float | int) -> int:
         """Visual tokens to keep of ``count``, by exact arithmetic.

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmopt import artifacts
+from vlmopt.analysis.layers import Layers, find_layers
+from vlmopt.analysis.modality import modality_of_tokens, token_stage
+from vlmopt.analysis.sublayers import attention_of
+from vlmopt.calibration import Calibrated, Variant
 from vlmopt.errors import ArtifactError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
-from vlmopt.program import Program
+from vlmopt.program import Program, Stage
+from vlmopt.rewrite.heads import scale_heads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hawk(TokenDrop):
+class Hawk(TokenDrop, Calibrated):
     """Keep the visual tokens that the instruction matches in the first layer, positions aside.
 
     The mean query of the text after the image meets the keys of layer 0 without rotary positions;
@@ -43,6 +50,28 @@ class Hawk(TokenDrop):
         super().requires(program)
         if self.weights:
             artifacts.read(self.weights, self.name, program)
+
+    def variants(self, program: Program) -> list[Variant]:
+        """The cut layer's attention without head 0, without head 1, and so on."""
+        stage = token_stage(program)
+        heads = attention_of(self._layers(stage), self.layers[0]).meta["val"].shape[1]
+
+        def silence(program: Program, head: int) -> None:
+            stage = token_stage(program)
+            attention = attention_of(self._layers(stage), self.layers[0])
+            scale_heads(stage, attention, [float(other != head) for other in range(heads)])
+
+        return [partial(silence, head=head) for head in range(heads)]
+
+    def conclude(self, divergences: Tensor) -> dict[str, Any]:
+        """How much each head's absence changes answers, above the least such, as shares."""
+        above = divergences - divergences.amin(-1, keepdim=True)
+        total = above.sum(-1, keepdim=True)
+        shares = torch.where(total > 0, above / total, 1 / above.shape[-1]).mean(0)
+        return {"weights": [round(share, 6) for share in shares.tolist()]}
+
+    def _layers(self, stage: Stage) -> Layers:
+        return find_layers(stage, after=modality_of_tokens(stage).anchor)
 
     def score(self, logits: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """Weighted sum over heads.

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
-
-_PRIME = 2**31 - 1  # squares of what is below still fit int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,12 @@ class RandomDrop(TokenDrop):
 
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.33,))
     seed: int = option(0, "seed of the random order", ge=0)
+    fixed: bool = option(
+        False, "choose when the graph is rewritten, for prompts of one layout: slices, no gathers"
+    )
+
+    def is_fixed(self) -> bool:
+        return self.fixed
 
     def score(self, ordinal: Tensor) -> Tensor:  # type: ignore[override]
         """A fixed random value for the first, second, ... visual token of each sample.
@@ -36,8 +41,4 @@ class RandomDrop(TokenDrop):
         Returns:
             float32 ``[batch, tokens]``; higher stays.
         """
-        value = (ordinal.clamp(min=0) + 1 + 7919 * (self.seed + 1)) % _PRIME
-        for _ in range(3):  # squaring breaks the even steps of a multiplicative generator
-            value = value * 48271 % _PRIME
-            value = (value * value + 11) % _PRIME
-        return (value % 2**24).float()
+        return select.hashed(ordinal, self.seed)

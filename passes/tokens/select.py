@@ -104,6 +104,41 @@ def min_max(values: Tensor, valid: Tensor) -> Tensor:
     return torch.where(high > low, (values - low) / (high - low), 0.0)
 
 
+_PRIME = 2**31 - 1  # squares of what is below still fit int64
+
+
+def hashed(number: Tensor, seed: int) -> Tensor:
+    """A fixed random value for each number: no state, and the same wherever it runs.
+
+    Args:
+        number: int64, any shape.
+
+    Returns:
+        float32, like ``number``.
+    """
+    value = (number.clamp(min=0) + 1 + 7919 * (seed + 1)) % _PRIME
+    for _ in range(3):  # squaring breaks the even steps of a multiplicative generator
+        value = value * 48271 % _PRIME
+        value = (value * value + 11) % _PRIME
+    return (value % 2**24).float()
+
+
+def strided(number: Tensor, quota: Tensor, present: Tensor) -> Tensor:
+    """1 for ``quota`` numbers below ``present``, evenly spread, 0 for the others.
+
+    Args:
+        number: int64 ``[batch, tokens]``.
+        quota, present: int64 ``[batch, 1]``.
+
+    Returns:
+        float32 ``[batch, tokens]``.
+    """
+    there = present.clamp(min=1)
+    before = torch.div(number * quota, there, rounding_mode="floor")
+    after = torch.div((number + 1) * quota, there, rounding_mode="floor")
+    return (after > before).float()
+
+
 def ordinal(visual: Tensor) -> Tensor:
     """Number of each visual token among those of its sample, from 0; int64, like ``visual``."""
     return visual.long().cumsum(-1) - 1

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.pipeline.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,13 @@ class StrideDrop(TokenDrop):
     example = "stride-drop{layers=2 keep=0.33}"
     reads = ("ordinal", "quota", "present")
 
+    fixed: bool = option(
+        False, "choose when the graph is rewritten, for prompts of one layout: slices, no gathers"
+    )
+
+    def is_fixed(self) -> bool:
+        return self.fixed
+
     @staticmethod
     def score(ordinal: Tensor, quota: Tensor, present: Tensor) -> Tensor:  # type: ignore[override]
         """1 for as many tokens as stay, evenly spread.
@@ -26,7 +34,4 @@ class StrideDrop(TokenDrop):
             ordinal: int64 ``[batch, tokens]``, number of each visual token among its sample's.
             quota, present: int64 ``[batch, 1]``, visual tokens that stay, and that there are.
         """
-        there = present.clamp(min=1)
-        before = torch.div(ordinal * quota, there, rounding_mode="floor")
-        after = torch.div((ordinal + 1) * quota, there, rounding_mode="floor")
-        return (after > before).float()
+        return select.strided(ordinal, quota, present)

@@ -18,4 +18,4 @@ def app() -> None:
 
 
 # commands register themselves with the group above; they import torch only when they run
-from vlmopt.cli import inspecting, transforming  # noqa: E402, F401
+from vlmopt.cli import calibrating, inspecting, transforming  # noqa: E402, F401

@@ -8,7 +8,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -95,6 +96,17 @@ class Output:
         """Say what is going on, on stderr, unless ``-q`` was given."""
         if not self.quiet:
             print(text, file=sys.stderr)
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
+        """A progress bar on stderr, moved by calls with what is done and the total, if known."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=self.quiet) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
 
     def reserve(self) -> Path:
         """The path of ``-o``, once it is sure that nothing is overwritten against the user's will.

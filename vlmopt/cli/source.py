@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,13 @@ SOURCE is one of:
   pkg.mod:factory   a Python callable that returns a Program or (model, inputs);
                     naming it imports the module, which runs its code
   digits            the bundled vision-language model"""
+
+SAMPLES_HELP = """\
+\b
+MODEL is pkg.mod:factory, a Python callable that returns a model or (model, inputs), or digits,
+the bundled model. SAMPLES is pkg.mod:factory, which returns the inputs of one prompt after the
+other as the model's processor makes them, or digits. Naming a factory imports the module, which
+runs its code. Interrupted, a calibration goes on where it stopped when it is called again."""
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -82,14 +89,67 @@ def _read_exported(path: Path) -> Program:
     return Program({"model": stage}, model_type=path.stem)
 
 
-def _capture_digits() -> Program:
+def load_model(source: str) -> Any:
+    """The Hugging Face model that the argument MODEL of a calibration names.
+
+    Raises:
+        ArtifactError: there is no such thing, or a program: its text embeddings are not in it.
+        CaptureError: a factory returns something else.
+    """
+    from torch import nn
+
+    if source == "digits":
+        return _load_digits()[0]
+    if not _FACTORY.fullmatch(source):
+        raise ArtifactError(
+            f"{source} is neither pkg.mod:factory nor digits",
+            hint="a calibration runs the whole model: name a factory that returns it",
+        )
+    made = _find_factory(source)()
+    model = made[0] if isinstance(made, tuple) else made
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"{source} returned {type(made).__name__}, not a model")
+    return model
+
+
+def load_samples(source: str) -> Iterable[Any]:
+    """Inputs of one prompt after the other, for a calibration.
+
+    Raises:
+        ArtifactError: there is no such thing.
+    """
+    if source == "digits":
+        from vlmopt import digits
+
+        processor = _load_digits()[1]
+        samples = digits.heldout_samples(_CALIBRATION, seed=1)
+        return [dict(digits.batch(processor, [scene], [question])) for scene, question in samples]
+    if not _FACTORY.fullmatch(source):
+        raise ArtifactError(
+            f"{source} is neither pkg.mod:factory nor digits",
+            hint="name a callable that returns the inputs of one prompt after the other",
+        )
+    return _find_factory(source)()  # type: ignore[no-any-return]
+
+
+_CALIBRATION = 64
+"""Samples of the bundled model that a calibration takes."""
+
+
+def _load_digits() -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from vlmopt import digits
-    from vlmopt.tracing import capture
 
     disable_progress_bar()  # reading two megabytes is no news
-    model, processor = digits.load_model()
+    return digits.load_model()
+
+
+def _capture_digits() -> Program:
+    from vlmopt import digits
+    from vlmopt.tracing import capture
+
+    model, processor = _load_digits()
     scene, question = digits.heldout_samples(1)[0]
     return capture(model, dict(digits.batch(processor, [scene], [question])))
 

@@ -148,7 +148,7 @@ def gather_tokens(
     emit: Emitter,
     value: fx.Node,
     dims: Dims,
-    index: Callable[[Any], fx.Node],
+    index: Callable[[Any], fx.Node] | tuple[int, ...],
     *,
     name: str,
 ) -> fx.Node:
@@ -157,7 +157,8 @@ def gather_tokens(
     Args:
         dims: dimensions of ``value``, possibly with more leading ones over which it broadcasts.
         index: for the expression of a token axis (``T``, ``T + 1``, ...) the node that holds the
-            chosen positions, int64 ``[batch, chosen]``.
+            chosen positions, int64 ``[batch, chosen]``. Or the positions themselves, the same in
+            all samples: then slices are enough.
 
     Raises:
         UnsupportedOperatorError: it cannot be told which sample the tokens of ``value`` belong to.
@@ -166,8 +167,9 @@ def gather_tokens(
     atoms = [factor if isinstance(factor, tuple) else (factor,) for factor in flat]
     along = token_dims(tuple(atoms))
     samples = [position for position, dim in enumerate(atoms) if is_batch(dim)]
-    chosen = [index(atoms[position][0]) for position in along]
-    batch = chosen[0].meta["val"].shape[0]
+    fixed = index if isinstance(index, tuple) else ()
+    chosen = [index(atoms[at][0]) for at in along] if callable(index) else []
+    batch = chosen[0].meta["val"].shape[0] if chosen else 1
     if batch != 1 and len(samples) != 1:
         raise UnsupportedOperatorError(
             f"%{value.name} has tokens but no batch dimension that they belong to",
@@ -190,12 +192,43 @@ def gather_tokens(
         if lead:
             tensor = tensor[(None,) * lead]
         tensor = _split_axes(tensor, [1] * lead + groups, [*[None] * lead, *sizes], batch)
-        for dim, positions in zip(along, indices, strict=True):
+        for dim in along if fixed else ():
+            tensor = take_fixed(tensor, fixed, dim)
+        for dim, positions in zip(along, indices, strict=False):
             tensor = take_along(tensor, positions, dim, batch_dim)
         return _join_axes(tensor, [1] * lead + groups)
 
     result: fx.Node = emit.trace(take, value, *chosen, names=(name,))
     return result
+
+
+_RUNS = 8
+"""Slices that are still better than one gather."""
+
+
+def take_fixed(tensor: torch.Tensor, positions: tuple[int, ...], dim: int) -> torch.Tensor:
+    """``positions``, ascending, along ``dim``: by slices where a few will do."""
+    runs = _even_runs(positions)
+    if len(runs) > _RUNS:
+        return tensor.index_select(dim, torch.tensor(positions, device=tensor.device))
+    parts = [torch.ops.aten.slice(tensor, dim, start, stop, step) for start, stop, step in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _even_runs(positions: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """``(start, stop, step)`` of slices that list the positions, each as long as it can be."""
+    runs: list[tuple[int, int, int]] = []
+    at = 0
+    while at < len(positions):
+        end = at + 1
+        step = positions[end] - positions[at] if end < len(positions) else 1
+        while end < len(positions) and positions[end] - positions[end - 1] == step:
+            end += 1
+        if end - at == 2 and step != 1:  # two that have nothing to do with each other
+            end, step = at + 1, 1
+        runs.append((positions[at], positions[end - 1] + 1, step))
+        at = end
+    return runs
 
 
 def take_along(

@@ -34,6 +34,7 @@ class CutSite:
         kept: slots of the tokens still present, ``None`` before the first cut.
         visual, quotas: visual tokens before and after, per sample.
         renumber: the tokens that stay get new positions, as if the others had never been.
+        fixed: the tokens that stay, by slot among those present, if that is settled already.
         match: number of this cut among those of the stage, from 1.
         prefix: first part of the names of new nodes.
     """
@@ -49,6 +50,7 @@ class CutSite:
     prefix: str
     ctx: PassContext
     renumber: bool = False
+    fixed: tuple[int, ...] = ()
 
 
 Choice = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -103,7 +105,8 @@ def cut_tokens(
         )
 
         def gather(value: fx.Node, dims: Dims, name: str, index: fx.Node = slots) -> fx.Node:
-            return gather_tokens(emit, value, dims, lambda _: index, name=name)
+            chosen = site.fixed if site.fixed and index is slots else lambda _: index
+            return gather_tokens(emit, value, dims, chosen, name=name)
 
         hidden_dims = starts[site.hidden]
         if shorter is None:
@@ -113,7 +116,10 @@ def cut_tokens(
         if site.renumber:
             places = emit.trace(renumbered, modality, slots, names=("places",))
         kept = slots
-        if present or valid is not None:
+        if site.fixed and present:
+            original = _original_slots(site)
+            kept = emit.trace(_fixed_slots, modality, original, names=("kept",))
+        elif present or valid is not None:
             kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
         frontier: dict[fx.Node, fx.Node] = {}
         for value, dims in axes.frontier.items():
@@ -313,6 +319,10 @@ def _made_from(starts: set[fx.Node], end: fx.Node) -> list[fx.Node]:
 # -- pieces ------------------------------------------------------------------------------------
 
 
+def _fixed_slots(modality: Tensor, slots: tuple[int, ...]) -> Tensor:
+    return torch.tensor(slots, device=modality.device).expand(modality.shape[0], -1)
+
+
 def _kept_slots(slots: Tensor, valid: Tensor | None, earlier: Tensor | None = None) -> Tensor:
     """Original slot of each token still present, -1 for fillers."""
     original = slots if earlier is None else earlier.gather(1, slots)
@@ -361,9 +371,17 @@ def _finish(
             name,
             site.ctx.spec,
             site.renumber,
+            _original_slots(site),
         ),
     )
     remove_unused(stage, but=carried)
+
+
+def _original_slots(site: CutSite) -> tuple[int, ...]:
+    if not site.fixed or not site.stage.cuts:
+        return site.fixed
+    earlier = site.stage.cuts[-1].slots
+    return tuple(earlier[slot] for slot in site.fixed)
 
 
 def remove_unused(stage: Stage, but: AbstractSet[fx.Node] = frozenset()) -> None:

@@ -25,7 +25,7 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
-from vlmopt.tracing import capture, modality_of
+from vlmopt.tracing import capture, layout_of, modality_of
 
 _log = logging.getLogger("vlmopt")
 
@@ -61,7 +61,7 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
     report = run_pipeline(program, passes)
     if "model" in program:
         return OptimizedModule(program, report, backend)
-    engine = Engine(model, passes, backend)
+    engine = Engine(model, partial(run_pipeline, pipeline=passes), backend)
     engine.add(_Key.of(program["language_model"]), program, report)
     return engine.twin
 
@@ -97,6 +97,8 @@ class _Key:
     tokens: int
     visual: tuple[int, ...]
     padded: bool
+    layout: str = ""
+    """where the visual tokens stand, if graphs are made for that too"""
 
     @classmethod
     def of(cls, stage: Stage) -> _Key:
@@ -106,13 +108,14 @@ class _Key:
             facts["tokens"],
             tuple(facts["visual_tokens"]),
             any(facts["padding_tokens"]),
+            str(facts["layout"]) if any(cut.slots for cut in stage.cuts) else "",
         )
 
 
 class Specialisation:
     """Compiled prefill and decode stages for one shape of prompts."""
 
-    def __init__(self, program: Program, report: Report, backend: str) -> None:
+    def __init__(self, program: Program, report: Report | None, backend: str) -> None:
         self.program = program
         self.report = report
         self.prefill_stage = program["language_model"]
@@ -179,15 +182,20 @@ class Engine:
 
     Attributes:
         twin: the drop-in model.
-        passes: pipeline text.
+        capture: makes a program for inputs of a new shape.
+        rewrite: what is done to each such program, in place.
         specialisations: by shape of the prompt.
     """
 
-    def __init__(self, model: Any, passes: str, backend: str) -> None:
+    def __init__(
+        self, model: Any, rewrite: Callable[[Program], Report | None], backend: str
+    ) -> None:
         self.model = model
-        self.passes = passes
+        self.rewrite = rewrite
+        self.capture: Callable[[dict[str, Any]], Program] = partial(capture, model)
         self.backend = backend
         self.specialisations: dict[_Key, Specialisation] = {}
+        self._fixed = False  # whether graphs are made for one layout of prompts
         self._running = threading.local()  # the prompt, between the model's forward and decoder's
         decoder = model.get_decoder()
         self.twin, inner = _twin(model, decoder)
@@ -206,10 +214,13 @@ class Engine:
     @property
     def report(self) -> Report:
         """What the pipeline did to the latest shape."""
-        return list(self.specialisations.values())[-1].report
+        report = list(self.specialisations.values())[-1].report
+        assert report is not None, "made by a pipeline"
+        return report
 
-    def add(self, key: _Key, program: Program, report: Report) -> Specialisation:
+    def add(self, key: _Key, program: Program, report: Report | None) -> Specialisation:
         made = Specialisation(program, report, self.backend)
+        self._fixed = bool(key.layout)
         self.specialisations[key] = made
         return made
 
@@ -311,12 +322,13 @@ class Engine:
         if not any(visual) or (past is not None and past.get_seq_length() > 0):
             return None
         padded = bool((modality == Modality.PADDING).any())
-        key = _Key(modality.shape[0], modality.shape[1], visual, padded)
+        layout = str(layout_of(modality)) if self._fixed else ""
+        key = _Key(modality.shape[0], modality.shape[1], visual, padded, layout)
         specialisation = self.specialisations.get(key)
         if specialisation is None:
             _log.info("capturing prompts of shape %s", key)
-            program = capture(self.model, _generate_inputs(inputs))
-            specialisation = self.add(key, program, run_pipeline(program, self.passes))
+            program = self.capture(_generate_inputs(inputs))
+            specialisation = self.add(key, program, self.rewrite(program))
         values = dict(_leaves(kwargs)) | {"modality": modality}
         if "attention_mask" not in values:
             values["attention_mask"] = (modality != Modality.PADDING).long()
