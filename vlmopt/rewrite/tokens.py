@@ -389,6 +389,9 @@ def remove_unused(stage: Stage, but: AbstractSet[fx.Node] = frozenset()) -> None
     stage.graph.eliminate_dead_code(
         is_impure_node=lambda node: node.op in ("placeholder", "output") or node in but
     )
+    read = {str(node.target) for node in stage.graph.find_nodes(op="get_attr")}
+    for name in [name for name in stage.graph_module._buffers if name not in read]:
+        delattr(stage.graph_module, name)  # a constant that a pass made
     stage.graph.lint()
     stage.graph_module.recompile()
 
