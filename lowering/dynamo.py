@@ -211,7 +211,7 @@ def _rewritten(
                     results[at] = windows[at].put_back(emit, results[at], kept, prompt)
         if stage.cuts and not found.counts and len(counts) > 1:
             _assert_equal_counts(emit, prompt, counts[0])
-    last_kept = stage.output_node(stage.cuts[-1].kept) if stage.cuts else None
+    last_kept = stage.output_node(stage.last_cut.kept) if stage.last_cut else None
     graph.output_node().args = (tuple(results),)
     for node in graph.find_nodes(op="call_function", target=KEPT):
         if last_kept is not None:

@@ -12,6 +12,7 @@ PASSES = {
     "prune2drive": "vlmopt.passes.tokens.prune2drive:Prune2Drive",
     "coin": "vlmopt.passes.tokens.coin:CoIn",
     "information-horizon": "vlmopt.passes.tokens.information_horizon:InformationHorizon",
+    "alvts": "vlmopt.passes.tokens.alvts:Alvts",
     "apet": "vlmopt.passes.tokens.apet:ApET",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",

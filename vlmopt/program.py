@@ -81,6 +81,7 @@ class Cut:
         renumbered: the tokens that stayed got new positions, without gaps.
         slots: the tokens that stay, by slot of the prompt, where they are the same for every
             prompt that the program is for; else empty.
+        until: layer before which the tokens come back, ``None`` where they are gone for good.
     """
 
     layer: int
@@ -90,6 +91,11 @@ class Cut:
     made_by: str
     renumbered: bool = False
     slots: tuple[int, ...] = ()
+    until: int | None = None
+
+    def covers(self, layer: int) -> bool:
+        """Whether ``layer`` runs on the tokens that this cut left, or on fewer."""
+        return self.layer <= layer and (self.until is None or layer < self.until)
 
 
 @dataclass
@@ -115,6 +121,11 @@ class Stage:
     @property
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
+
+    @property
+    def last_cut(self) -> Cut | None:
+        """The last cut whose tokens are gone for good."""
+        return next((cut for cut in reversed(self.cuts) if cut.until is None), None)
 
     def find_inputs(self, role: Role) -> list[Port]:
         """Input ports with this role, in order."""

@@ -497,4 +497,5 @@ def _cut(entry: Mapping[str, Any]) -> Cut:
         entry["made_by"],
         entry["renumbered"],
         tuple(entry["slots"]),
+        entry["until"],
     )

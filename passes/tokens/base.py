@@ -27,7 +27,10 @@ from vlmopt.program import Modality, Program, Stage
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.positions import has_one_axis
 from vlmopt.rewrite.tokens import Choice, CutSite, cut_decode, cut_tokens, emitting, remove_unused
-from vlmopt.rewrite.values import PER_SAMPLE, VALUES, CutValues
+from vlmopt.rewrite.values import PER_SAMPLE, CutValues
+
+COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present")
+"""Names in ``reads`` that are no values of the graph."""
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
     "floor": math.floor,
@@ -56,6 +59,7 @@ class TokenDrop(Pass):
 
     Attributes:
         compact: values and scores hold the visual tokens only, ``[batch, visual tokens, ...]``.
+        restores: the tokens come back after the layer at which they were left out.
         least: visual tokens that stay of any.
         rounding: of a share to a number of tokens.
     """
@@ -68,6 +72,7 @@ class TokenDrop(Pass):
     layer_reads: ClassVar[tuple[str, ...]] = ()
     compact: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
     least: ClassVar[int] = 1
     rounding: ClassVar[str] = "floor"
 
@@ -114,6 +119,10 @@ class TokenDrop(Pass):
         """float32 ``[batch, tokens]``, from the values of one layer named in ``layer_reads``."""
         raise NotImplementedError
 
+    def read(self, values: CutValues, name: str) -> fx.Node:
+        """One of the values named in ``reads``; a method may add names of its own."""
+        return values[name]
+
     def is_fixed(self) -> bool:
         """Whether the choice is made when the graph is rewritten: it must not depend on values."""
         return False
@@ -133,7 +142,11 @@ class TokenDrop(Pass):
                     f"{self.first_layer} earlier layer{'s' if self.first_layer != 1 else ''}",
                     hint=f"choose layers from {self.first_layer} to {len(layers) - 1}",
                 )
-            later = [cut for cut in stage.cuts if cut.layer >= layer]
+            later = [
+                cut
+                for cut in stage.cuts
+                if cut.layer >= layer or (cut.until is not None and layer < cut.until)
+            ]
             if later:
                 raise PreconditionError(
                     f"{self.name} cannot cut at layer {layer}: {later[0].made_by} has already cut "
@@ -212,6 +225,8 @@ class TokenDrop(Pass):
             renumber=self.positions == "renumber"
             or (self.positions == "auto" and has_one_axis(stage)),
         )
+        if self.restores:
+            site = replace(site, until=(sublayers(layers, layer).out, layer + 1))
         if self.is_fixed():
             site = replace(site, fixed=self._fixed_slots(site, keep))
         if self.layer_reads:
@@ -222,14 +237,14 @@ class TokenDrop(Pass):
                 stage=stage.name,
             )
             return carried
-        names = [name for name in self.reads if name in VALUES or name in carried]
+        names = [name for name in self.reads if name not in COMPUTED]
         if self.merges and "hidden" not in names:
             names.append("hidden")
 
         def read(emit: Emitter, modality: fx.Node) -> list[fx.Node]:
             values = CutValues(stage, layers, layer, modality, site.visual, emit, carried)
             counted = site.modality if self.of == "original" else modality
-            return [counted, *(values[name] for name in names)]
+            return [counted, *(self.read(values, name) for name in names)]
 
         def choose(modality: Tensor, length: Any, counted: Tensor, *values: Tensor) -> Choice:
             def quota() -> Tensor:
@@ -295,7 +310,7 @@ class TokenDrop(Pass):
     ) -> dict[str, fx.Node]:
         """Add the scores of the layers since the last cut to what was carried from before it."""
         stage = site.stage
-        done = stage.cuts[-1].layer if carried else 0
+        done = stage.last_cut.layer if carried and stage.last_cut else 0
         history = carried.get("history")
         for layer in self.scored_layers():
             if not done <= layer < site.layer:
@@ -320,7 +335,7 @@ class TokenDrop(Pass):
         """The tokens that stay, by slot among those present, from what capture saw of prompts."""
         stage = site.stage
         layout = stage.facts.get("layout")
-        earlier = stage.cuts[-1].slots if stage.cuts else None
+        earlier = stage.last_cut.slots if stage.last_cut else None
         if not layout or earlier == ():
             raise PreconditionError(
                 f"{self.name} with fixed tokens: where visual tokens stand is not known here",

@@ -166,7 +166,7 @@ def tokens_per_layer(stage: Stage, layers: Iterable[int]) -> dict[int, int]:
         return {}
     counts: dict[int, int] = {}
     for layer in sorted(layers):
-        cut = next((cut for cut in reversed(stage.cuts) if cut.layer <= layer), None)
+        cut = next((cut for cut in reversed(stage.cuts) if cut.covers(layer)), None)
         counts[layer] = tokens if cut is None else cut.tokens[1]
     return counts
 

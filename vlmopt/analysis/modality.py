@@ -51,8 +51,8 @@ def modality_of_tokens(stage: Stage) -> TokenModality:
     anchor = _by_name(stage, anchor_name) if anchor_name else None
     source = _source(stage)
     assert source is not None, "token_stage chose a stage without modality"
-    if stage.cuts:
-        last = stage.cuts[-1]
+    last = stage.last_cut
+    if last is not None:
         visual = tuple(after for _, after in last.visual)
         return TokenModality(source, visual, stage.output_node(last.kept), anchor)
     return TokenModality(source, tuple(stage.facts["visual_tokens"]), None, anchor)

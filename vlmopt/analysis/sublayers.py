@@ -31,6 +31,7 @@ class Sublayers:
         attention_out: what is added to the residual stream for attention.
         middle: residual stream between the two.
         ffn_in, ffn_out: likewise for the feed-forward network.
+        out: residual stream after the layer.
     """
 
     attention_in: fx.Node
@@ -38,6 +39,7 @@ class Sublayers:
     middle: fx.Node
     ffn_in: fx.Node
     ffn_out: fx.Node
+    out: fx.Node
 
 
 def attention_of(layers: Layers, layer: int) -> fx.Node:
@@ -61,6 +63,24 @@ def attention_of(layers: Layers, layer: int) -> fx.Node:
     return found[0]
 
 
+def projection_of(value: fx.Node) -> fx.Node:
+    """The linear operator that a query, key or value of attention comes from.
+
+    Raises:
+        PreconditionError: there is none, or its weight is computed.
+    """
+    seen, queue = {value}, [value]
+    for node in queue:
+        if node.target is aten.linear.default:
+            if node.args[1].op == "get_attr":  # type: ignore[union-attr]
+                return node
+            break
+        fresh = [source for source in node.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    raise PreconditionError(f"%{value.name} is not made by a projection with weights", node=value)
+
+
 def sublayers(layers: Layers, layer: int) -> Sublayers:
     """The halves of a layer that adds attention, then a feed-forward network, to its input.
 
@@ -73,13 +93,14 @@ def sublayers(layers: Layers, layer: int) -> Sublayers:
     from_attention = _reached(attention, set(inside))
     middle, attention_out = _residual(entry, inside, from_attention, layers, layer)
     after = _reached(middle, set(inside)) - {middle}
-    _, ffn_out = _residual(middle, inside, after, layers, layer)
+    out, ffn_out = _residual(middle, inside, after, layers, layer)
     return Sublayers(
         _first_linear_input(inside, _reached(entry, set(inside)) - from_attention, entry),
         attention_out,
         middle,
         _first_linear_input(inside, after, middle),
         ffn_out,
+        out,
     )
 
 

@@ -12,7 +12,7 @@ An operator without a rule stops the analysis: guessing is how silent wrong answ
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -85,11 +85,13 @@ def follow_tokens(
     tokens: Factor,
     batch: Factor | None,
     absorb: bool = True,
+    stops: Collection[fx.Node] = (),
 ) -> TokenAxes:
     """Follow token axes from ``starts`` (value -> its dimensions) to the end of ``graph``.
 
     Args:
         absorb: move the frontier up through views that only the region uses.
+        stops: values at which the region ends; what uses them is not looked at.
 
     Raises:
         UnsupportedOperatorError: a token axis reaches an operator that has no rule, or that mixes
@@ -99,7 +101,7 @@ def follow_tokens(
     for node in graph.nodes:
         if node.op != "call_function" or node in starts:
             continue
-        if any(value in axes.dims for value in node.all_input_nodes):
+        if any(value in axes.dims and value not in stops for value in node.all_input_nodes):
             dims = _Rule(axes, node).apply()
             if dims is not None:
                 axes.dims[node] = dims

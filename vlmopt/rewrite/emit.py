@@ -106,7 +106,7 @@ class Emitter:
                     node.args[0],
                 )
             elif node.op == "get_attr":
-                mapping[node] = self._constant(fetch_attr(traced, str(node.target)))
+                mapping[node] = self.constant(fetch_attr(traced, str(node.target)))
             else:
                 copied = self.graph.node_copy(node, mapping.__getitem__)
                 copied.name = self._unique(f"{self.prefix}_{node.name}")
@@ -118,8 +118,8 @@ class Emitter:
                 node.name = self._unique(f"{self.prefix}_{name}")
         return result
 
-    def _constant(self, tensor: torch.Tensor) -> fx.Node:
-        """A tensor that the function made at trace time, stored in the module as a buffer."""
+    def constant(self, tensor: torch.Tensor) -> fx.Node:
+        """A tensor known when the graph is rewritten, stored in the module as a buffer."""
         module: Any = self.graph.owning_module
         name = self._unique(f"{self.prefix}_constant")
         module.register_buffer(name, tensor)

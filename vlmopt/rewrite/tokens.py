@@ -35,6 +35,8 @@ class CutSite:
         visual, quotas: visual tokens before and after, per sample.
         renumber: the tokens that stay get new positions, as if the others had never been.
         fixed: the tokens that stay, by slot among those present, if that is settled already.
+        until: the value from which on all tokens are back, and the layer that comes after it;
+            those that were left out hold there what they held before. ``None``: they are gone.
         match: number of this cut among those of the stage, from 1.
         prefix: first part of the names of new nodes.
     """
@@ -51,6 +53,7 @@ class CutSite:
     ctx: PassContext
     renumber: bool = False
     fixed: tuple[int, ...] = ()
+    until: tuple[fx.Node, int] | None = None
 
 
 Choice = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -89,7 +92,8 @@ def cut_tokens(
     starts: dict[fx.Node, Dims] = {
         site.hidden: ((B,) if batch != 1 else (1,), (T,), (int(val.shape[2]),))
     }
-    axes = follow_tokens(graph, starts, tokens=_factor(tokens), batch=_batch(batch))
+    stops = [site.until[0]] if site.until else []
+    axes = follow_tokens(graph, starts, tokens=_factor(tokens), batch=_batch(batch), stops=stops)
     present = [site.kept] if site.kept is not None else []
     carry = carry or {}
     with emitting(site, site.hidden, *carry.values()) as (emit, modality, anchor):
@@ -137,7 +141,18 @@ def cut_tokens(
             frontier[value] = fewer
         if ragged:
             _require_masks(axes)
+        later = {
+            stop: [user for user in stop.users if user not in axes.dims and user not in axes.ends]
+            for stop in stops
+        }
         shorten_region(axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier)
+        for stop, users in later.items():
+            with graph.inserting_before(stop.next):
+                inside = _emitter(site.ctx, site.stage, stop, site.match, site.prefix)
+                rows = (site.hidden, slots, valid, stop)
+                whole = inside.trace(_put_back, *rows, names=("restored",))
+            for user in users:
+                user.replace_input_with(stop, whole)
     _finish(site, axes, kept, tokens, tokens - dropped, set(carried.values()))
     return carried
 
@@ -174,9 +189,7 @@ def cut_decode(
     ports = [
         port
         for port in decode.inputs
-        if port.role in (Role.KEY, Role.VALUE)
-        and port.layer is not None
-        and port.layer >= cut.layer
+        if port.role in (Role.KEY, Role.VALUE) and port.layer is not None and cut.covers(port.layer)
     ]
     nodes = {port: decode.placeholder(port) for port in ports}
     first = next(iter(nodes.values()))
@@ -319,6 +332,14 @@ def _made_from(starts: set[fx.Node], end: fx.Node) -> list[fx.Node]:
 # -- pieces ------------------------------------------------------------------------------------
 
 
+def _put_back(hidden: Tensor, slots: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
+    """``hidden`` with ``rows`` at ``slots``, fillers apart."""
+    index = slots[..., None].expand(*slots.shape, hidden.shape[-1])
+    if valid is not None:
+        rows = torch.where(valid[..., None], rows, hidden.gather(1, index))
+    return hidden.scatter(1, index, rows)
+
+
 def _fixed_slots(modality: Tensor, slots: tuple[int, ...]) -> Tensor:
     return torch.tensor(slots, device=modality.device).expand(modality.shape[0], -1)
 
@@ -372,15 +393,17 @@ def _finish(
             site.ctx.spec,
             site.renumber,
             _original_slots(site),
+            site.until[1] if site.until else None,
         ),
     )
     remove_unused(stage, but=carried)
 
 
 def _original_slots(site: CutSite) -> tuple[int, ...]:
-    if not site.fixed or not site.stage.cuts:
+    last = site.stage.last_cut
+    if not site.fixed or last is None:
         return site.fixed
-    earlier = site.stage.cuts[-1].slots
+    earlier = last.slots
     return tuple(earlier[slot] for slot in site.fixed)
 
 

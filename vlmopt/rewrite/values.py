@@ -14,7 +14,7 @@ from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
 from vlmopt.errors import PreconditionError
-from vlmopt.program import Modality, Role, Stage
+from vlmopt.program import Modality, Role, Stage, fetch_attr
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.positions import carries_positions
 from vlmopt.rewrite.region import gather_tokens, shorten_region
@@ -44,6 +44,8 @@ class CutValues:
     def __getitem__(self, name: str) -> fx.Node:
         if name in self.carried:
             return self.carried[name]
+        if name not in VALUES:
+            raise KeyError(f"no value at a cut is called {name}")
         if name not in self._made:
             self._made[name] = VALUES[name](self)
         return self._made[name]
@@ -69,6 +71,10 @@ class CutValues:
                 hint="cut at layers that lie further apart",
             )
         return node
+
+    def weight(self, node: Any) -> Tensor:
+        """The tensor behind a weight of the graph."""
+        return fetch_attr(self.stage.graph_module, str(node.target))
 
     def previous_attention(self) -> fx.Node:
         """The attention operator of the layer before."""
@@ -148,13 +154,15 @@ def _mean_attention(
     return (rows.mean(1) * weights[..., None]).sum(1)
 
 
-def _attention_mask(attention: fx.Node) -> Any:
+def attention_mask_of(attention: fx.Node) -> Any:
+    """The mask that an attention operator takes, a node or ``None``."""
     if len(attention.args) > 3:
         return attention.args[3]
     return attention.kwargs.get("attn_mask")
 
 
-def _is_causal(attention: fx.Node) -> bool:
+def is_causal(attention: fx.Node) -> bool:
+    """Whether an attention operator hides later keys by itself."""
     return bool(attention.args[5] if len(attention.args) > 5 else attention.kwargs.get("is_causal"))
 
 
@@ -199,7 +207,7 @@ def _score_rows(
     slots: fx.Node,
     weights: fx.Node,
 ) -> fx.Node:
-    mask = _attention_mask(attention)
+    mask = attention_mask_of(attention)
     if mask is not None:
         mask = values.emit.trace(_mask_rows, mask, slots)
     result: fx.Node = values.emit.trace(
@@ -207,7 +215,7 @@ def _score_rows(
         rows,
         key,
         mask,
-        slots if _is_causal(attention) else None,
+        slots if is_causal(attention) else None,
         attention.kwargs.get("scale"),
         weights,
         names=("attention",),
