@@ -14,7 +14,7 @@ from vlmopt.errors import ArtifactError
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 from vlmopt.program import Modality
-from vlmopt.rewrite.values import CutValues, attention_mask_of, compute_rows, is_causal
+from vlmopt.rewrite.values import CutValues, compute_rows, is_causal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Alvts(TokenDrop):
             selector_mass,
             rows,
             values.modality,
-            attention_mask_of(attention),
+            values.mask_of(attention),
             is_causal(attention),
             left,
             right,

@@ -72,6 +72,14 @@ class CutValues:
             )
         return node
 
+    def mask_of(self, attention: fx.Node) -> fx.Node | None:
+        """The mask that an attention operator takes, where it can be read before the cut."""
+        mask = _attention_mask(attention)
+        if mask is None:
+            return None
+        copies = _copy_up_to(self.emit, [mask], {self.hidden: self.hidden})
+        return copies.get(mask, mask)
+
     def weight(self, node: Any) -> Tensor:
         """The tensor behind a weight of the graph."""
         return fetch_attr(self.stage.graph_module, str(node.target))
@@ -154,8 +162,7 @@ def _mean_attention(
     return (rows.mean(1) * weights[..., None]).sum(1)
 
 
-def attention_mask_of(attention: fx.Node) -> Any:
-    """The mask that an attention operator takes, a node or ``None``."""
+def _attention_mask(attention: fx.Node) -> Any:
     if len(attention.args) > 3:
         return attention.args[3]
     return attention.kwargs.get("attn_mask")
@@ -207,7 +214,7 @@ def _score_rows(
     slots: fx.Node,
     weights: fx.Node,
 ) -> fx.Node:
-    mask = attention_mask_of(attention)
+    mask = values.mask_of(attention)
     if mask is not None:
         mask = values.emit.trace(_mask_rows, mask, slots)
     result: fx.Node = values.emit.trace(
@@ -291,21 +298,22 @@ def _expression(size: Any) -> Any:
 def _copy_up_to(
     emit: Emitter, targets: list[fx.Node], known: dict[fx.Node, fx.Node]
 ) -> dict[fx.Node, fx.Node]:
-    """Copies, at the insertion point, of what ``targets`` are computed from after ``known``."""
+    """Copies, at the insertion point, of what ``targets`` are computed from after ``known``.
+
+    What does not depend on ``known`` is copied too: the nodes themselves may be part of what is
+    about to run on fewer tokens.
+    """
     limit = next(iter(known))
     needed: set[fx.Node] = set()
     stack = list(targets)
     while stack:
         node = stack.pop()
-        if node in known or node in needed or node < limit:
-            continue
-        needed.add(node)
-        stack.extend(node.all_input_nodes)
+        if node not in needed and node > limit:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
     copies: dict[fx.Node, fx.Node] = {}
-    mapping = dict(known)
-    for node in emit.graph.nodes:
-        if node in needed:
-            mapping[node] = copies[node] = emit.copy(node, mapping)
+    for node in [node for node in emit.graph.nodes if node in needed]:
+        copies[node] = emit.copy(node, {**known, **copies})
     return copies
 
 
