@@ -28,6 +28,7 @@ from vlmopt.errors import ArtifactError, LoweringError, describe_node
 from vlmopt.folders import new_folder
 from vlmopt.graph.compare import TOLERANCES, random_inputs
 from vlmopt.graph.text import dtype_text, op_text
+from vlmopt.ops import DECOMPOSITIONS, STEPS
 from vlmopt.program import Port, Program, Role, Stage, copy_graph, fetch_attr
 
 aten = torch.ops.aten
@@ -43,6 +44,9 @@ _IR_VERSION = 10
 
 _EXAMPLES = 4
 """Random inputs that a check runs."""
+
+_STEPS = 256
+"""Steps of a greedy selection that a file may hold; each is about ten nodes."""
 
 _DATA_DEPENDENT = frozenset({"NonZero", "Compress", "Unique", "NonMaxSuppression"})
 """Operators whose result has a size that only the values tell: compilers for edge devices refuse
@@ -245,6 +249,7 @@ def export_program(
     chosen = _choose(program, stages)
     for stage in chosen:
         _require_weights(stage)
+        _require_few_steps(stage)
     table = {**_TRANSLATIONS, **(translations or {})}
     with new_folder(out, marker=MANIFEST, overwrite=overwrite, error=LoweringError) as folder:
         reports = []
@@ -290,6 +295,19 @@ def _require_weights(stage: Stage) -> None:
                 f"stage {stage.name} has no weights, so it cannot be exported",
                 node=node,
                 hint="load weights first: capture the model with them",
+            )
+
+
+def _require_few_steps(stage: Stage) -> None:
+    """A greedy selection is written out step by step: devices know no loops."""
+    for node in stage.graph.nodes:
+        at = STEPS.get(node.target)
+        if at is not None and node.args[at] > _STEPS:  # type: ignore[operator]
+            raise LoweringError(
+                f"{node.target} picks {node.args[at]} tokens one after the other, and ONNX would "
+                f"hold every step; at most {_STEPS} are written out",
+                node=node,
+                hint="keep fewer tokens, or choose a method that needs no greedy selection",
             )
 
 
@@ -353,6 +371,8 @@ def _export_stage(
         try:
             with torch.no_grad():
                 exported = torch.export.export(stage.graph_module, tuple(_examples(stage, 0, past)))
+                if any(node.target in DECOMPOSITIONS for node in exported.graph.nodes):
+                    exported = exported.run_decompositions(dict(DECOMPOSITIONS))
         except Exception as error:
             raise LoweringError(
                 f"stage {stage.name} cannot be traced with static shapes: {_first_line(error)}",

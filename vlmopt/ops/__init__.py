@@ -1,1 +1,26 @@
 """Operators of vlmopt that compute: scores and selections that no ATen operator gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from vlmopt.ops import attention, selection
+
+_own = torch.ops.vlmopt
+
+DECOMPOSITIONS: Mapping[Any, Callable[..., torch.Tensor]] = {
+    _own.attention_rows.default: attention.attention_rows_reference,
+    _own.attention_mass.default: attention.attention_mass_reference,
+    _own.farthest_point.default: selection.farthest_point_steps,
+    _own.greedy_log_det.default: selection.greedy_log_det_steps,
+}
+"""Each operator as a function in operators of torch, for targets that know no others."""
+
+STEPS: Mapping[Any, int] = {
+    _own.farthest_point.default: 4,
+    _own.greedy_log_det.default: 5,
+}
+"""Operators that decompose into one step per pick: which argument says how many."""

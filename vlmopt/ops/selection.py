@@ -40,25 +40,39 @@ def farthest_point(
     Returns:
         int64 ``[batch, count]``, in the order of picking.
     """
+    return farthest_point_steps(features, valid, weight, start, count, metric)
+
+
+def farthest_point_steps(
+    features: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    start: Tensor | None,
+    count: int,
+    metric: str,
+) -> Tensor:
+    """:func:`farthest_point` in operators of torch, nothing written in place."""
     rows = _prepare(features, metric)
-    batch, tokens, _ = rows.shape
-    first = _most_isolated(rows, valid, metric) if start is None else start
-    sample = torch.arange(batch, device=rows.device)
-    weight = torch.ones_like(valid, dtype=torch.float32) if weight is None else weight.float()
-    # two tiers below every score: what is not valid, and what is picked already
-    nearest = torch.full((batch, tokens), float("inf"), device=rows.device)
+    place = torch.arange(rows.shape[1], device=rows.device)
+    pick = _most_isolated(rows, valid, metric) if start is None else start
+    # below every score: what is not valid, and what is picked already
     open_ = torch.ones_like(valid)
-    picks = torch.empty(batch, count, dtype=torch.int64, device=rows.device)
-    pick = first
-    for step in range(count):
-        if step:
-            score = torch.where(valid, nearest * weight, -1.0).masked_fill(~open_, -2.0)
-            pick = score.argmax(-1)
-        picks[:, step] = pick
-        open_[sample, pick] = False
-        distance = _distances(rows[sample, pick][:, None], rows, metric)[:, 0]
-        nearest = torch.minimum(nearest, distance)
-    return picks
+    nearest: Tensor | None = None
+    picks = [pick]
+    for _ in range(1, count):
+        open_ = open_ & (place != pick[:, None])
+        distance = _distances(_row(rows, pick), rows, metric)[:, 0]
+        nearest = distance if nearest is None else torch.minimum(nearest, distance)
+        score = nearest if weight is None else nearest * weight.float()
+        score = torch.where(open_, torch.where(valid, score, -1.0), -2.0)
+        pick = score.argmax(-1)
+        picks.append(pick)
+    return torch.stack(picks, dim=1)
+
+
+def _row(rows: Tensor, pick: Tensor) -> Tensor:
+    """Row ``pick[b]`` of each sample, ``[batch, 1, width]``."""
+    return rows.gather(1, pick[:, None, None].expand(-1, 1, rows.shape[2]))
 
 
 @farthest_point.register_fake
@@ -128,19 +142,31 @@ def greedy_log_det(
     Returns:
         int64 ``[batch, count]``, in the order of picking.
     """
+    return greedy_log_det_steps(features, valid, bonus, alpha, ridge, count, per_step)
+
+
+def greedy_log_det_steps(
+    features: Tensor,
+    valid: Tensor,
+    bonus: Tensor,
+    alpha: float,
+    ridge: float,
+    count: int,
+    per_step: bool,
+) -> Tensor:
+    """:func:`greedy_log_det` in operators of torch, nothing written in place."""
     rows = features.float()
-    batch, tokens, _ = rows.shape
-    sample = torch.arange(batch, device=rows.device)
+    place = torch.arange(rows.shape[1], device=rows.device)
     squares = rows.square().sum(-1)
     mean = (squares * valid).sum(-1) / valid.sum(-1).clamp(min=1)
     floor = (ridge * mean).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     rest = squares + floor
-    factors = rows.new_zeros(batch, count, tokens)
     open_ = torch.ones_like(valid)
-    picks = torch.empty(batch, count, dtype=torch.int64, device=rows.device)
+    picks: list[Tensor] = []
+    factors: list[Tensor] = []
     bounds: tuple[Tensor, Tensor] | None = None
-    for step in range(count):
-        gain = rest.clamp(min=floor).log()
+    for _ in range(count):
+        gain = torch.maximum(rest, floor).log()
         if bounds is None or per_step:
             among = valid & open_
             low = gain.masked_fill(~among, float("inf")).amin(-1, keepdim=True)
@@ -149,20 +175,21 @@ def greedy_log_det(
         low, spread = bounds
         scaled = torch.where(spread > 0, (gain - low) / spread, 0.0)
         score = (1 - alpha) * bonus.float() + alpha * scaled
-        score = score.masked_fill(~valid, float("-inf"))
-        # argmax over a row of equal -inf gives a picked one again: rank the open ones apart
-        score = torch.where(open_, score.clamp(min=-1e30), float("-inf"))
+        # below every score: what is not valid, and what is picked already
+        score = torch.where(open_, torch.where(valid, score, -1e30), float("-inf"))
         pick = score.argmax(-1)
-        picks[:, step] = pick
-        open_[sample, pick] = False
-        own = factors[sample, :, pick]
-        product = (rows @ rows[sample, pick][..., None])[..., 0]
-        known = (own[:, None] @ factors)[:, 0]
-        column = (product - known) / rest[sample, pick].clamp(min=floor[:, 0]).sqrt()[:, None]
-        column = torch.where(open_, column, 0.0)
-        factors[:, step] = column
+        picks.append(pick)
+        open_ = open_ & (place != pick[:, None])
+        column = (rows @ _row(rows, pick).transpose(1, 2))[..., 0]
+        if factors:
+            known = torch.stack(factors, dim=1)
+            own = known.gather(2, pick[:, None, None].expand(-1, len(factors), 1))
+            column = column - (own * known).sum(1)
+        pivot = torch.maximum(rest.gather(1, pick[:, None]), floor)
+        column = torch.where(open_, column / pivot.sqrt(), 0.0)
+        factors.append(column)
         rest = torch.maximum(rest - column.square(), floor)
-    return picks
+    return torch.stack(picks, dim=1)
 
 
 @greedy_log_det.register_fake

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import vlmopt.ops.attention  # noqa: F401 - registers vlmopt::attention_rows
+import vlmopt.ops  # noqa: F401 - registers vlmopt::attention_rows
 from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
