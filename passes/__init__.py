@@ -14,6 +14,7 @@ PASSES = {
     "information-horizon": "vlmopt.passes.tokens.information_horizon:InformationHorizon",
     "alvts": "vlmopt.passes.tokens.alvts:Alvts",
     "apet": "vlmopt.passes.tokens.apet:ApET",
+    "vlm-pruner": "vlmopt.passes.tokens.vlm_pruner:VlmPruner",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }

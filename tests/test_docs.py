@@ -41,7 +41,7 @@ def test_python_in_pages_parses(page: Path) -> None:
 
 def test_the_pass_of_the_guide_works(tmp_path: Path) -> None:
     script = tmp_path / "guide.py"
-    script.write_text("\n".join(_python_blocks(ROOT / "docs" / "writing-a-pass.md")))
+    script.write_text("\n".join(_python_blocks(ROOT / "docs" / "adding-a-method.md")))
     given = {"model": zoo.build("llava"), "inputs": zoo.inputs("llava")}
     scope = runpy.run_path(str(script), init_globals=given)
     hidden = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])

@@ -31,15 +31,15 @@ def result() -> prefill.Prefill:
         parse_shape("12x512"),
         "float32",
         (
-            prefill.Cut(192, "v2drop{layers=2 keep=192}", 2.0, 1.0, 1e-6),
-            prefill.Cut(64, "v2drop{layers=2 keep=64}", 4.0, 1.0, 1e-6),
+            prefill.Cut("v2drop", 192, "v2drop{layers=2 keep=192}", 2.0, 1.0, 1e-6),
+            prefill.Cut("v2drop", 64, "v2drop{layers=2 keep=64}", 4.0, 1.0, 1e-6),
         ),
         {
             "hf": [0.4, 0.41, 0.42],
             "hf_mask": [0.5, 0.5, 0.5],
             "captured": [0.44, 0.44, 0.44],
-            "192": [0.2, 0.205, 0.21],
-            "64": [0.1, 0.125, 0.13],
+            "v2drop{layers=2 keep=192}": [0.2, 0.205, 0.21],
+            "v2drop{layers=2 keep=64}": [0.1, 0.125, 0.13],
         },
         {"hf": 0.0, "hf_mask": 0.0, "captured": 0.0},
     )
@@ -98,7 +98,7 @@ def test_measuring_with_a_compiler_that_does_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "compile", compile_nothing)
     told: list[str] = []
     found = prefill.measure(TINY, (4, 8), rounds=2, progress=told.append)
-    assert list(found.seconds) == [*prefill.BASELINES, "4", "8"]
+    assert list(found.seconds) == [*prefill.BASELINES, *(cut.pipeline for cut in found.cuts)]
     assert all(len(times) == 2 for times in found.seconds.values())
     assert len(compiled) == 5
     assert [cut.same_tokens for cut in found.cuts] == [1, 1]
@@ -168,13 +168,17 @@ def test_noise() -> None:
 
 def test_table_of_made_up_times(result: prefill.Prefill) -> None:
     assert prefill.table([result]).splitlines() == [
-        "| model  | dtype   | visual tokens | Inductor | vlmopt   | speed-up (90 %)        "
+        "| model  | dtype   | method "
+        "| visual tokens | Inductor | vlmopt   | speed-up (90 %)        "
         "| FLOPs ideal | of ideal | over HF with mask | over captured |",
-        "| ------ | ------- | ------------- | -------- | -------- | ---------------------- "
+        "| ------ | ------- | ------ "
+        "| ------------- | -------- | -------- | ---------------------- "
         "| ----------- | -------- | ----------------- | ------------- |",
-        "| 12x512 | float32 | 576 -> 192    | 410.0 ms | 205.0 ms | 2.00 (2.00-2.00) noisy "
+        "| 12x512 | float32 | v2drop "
+        "| 576 -> 192    | 410.0 ms | 205.0 ms | 2.00 (2.00-2.00) noisy "
         "| 2.00        | 1.00     | 2.44 (1.22)       | 2.15 (1.07)   |",
-        "| 12x512 | float32 | 576 -> 64     | 410.0 ms | 125.0 ms | 3.28 (3.23-4.00) noisy "
+        "| 12x512 | float32 | v2drop "
+        "| 576 -> 64     | 410.0 ms | 125.0 ms | 3.28 (3.23-4.00) noisy "
         "| 4.00        | 0.82     | 4.00 (1.00)       | 3.52 (0.88)   |",
     ]
 

@@ -22,6 +22,7 @@ from vlmopt.passes.tokens.duet_vlm import DuetVlm
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.prune2drive import Prune2Drive
 from vlmopt.passes.tokens.transprune import TransPrune
+from vlmopt.passes.tokens.vlm_pruner import VlmPruner
 
 VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
 
@@ -205,3 +206,32 @@ def test_apet() -> None:
         merged = method.merged(tokens, error, stays, there, picks)[stays]
         wanted = tensors["hidden_out"][0, first : first + given["keep"]].float()
         torch.testing.assert_close(merged, wanted, atol=2e-3, rtol=2e-3)  # stored as float16
+
+
+def test_vlm_pruner() -> None:
+    for description, tensors in cases("56-vlm-pruner"):
+        given = description["parameters"]
+        rows, columns = given["grid_h"], given["grid_w"]
+        method = VlmPruner(
+            keep=(given["target"],),
+            grid=(rows, columns),
+            pivots=given["pivots"],
+            channels=given["channels"],
+            spatial=given["lam"],
+            threshold=given["tau0"],
+            step=given["tau_step"],
+            batch=given["batch"],
+            own=given["beta"],
+            fill=False,
+            clamp=False,
+        )
+        hidden = tensors["hidden"][None].float()
+        keys = tensors["keys"].float().transpose(0, 1).flatten(1)[None]
+        there = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        quota = torch.tensor([[given["target"]]])
+        score = method.score(hidden, keys, there, quota, given["target"])
+        stays = score > 0
+        assert torch.nonzero(stays[0])[:, 0].tolist() == tensors["kept_local"].tolist()
+        merged = method.merge(hidden, score, stays, hidden, keys, there, quota, given["target"])
+        wanted = tensors["hidden_kept_after"].float()
+        torch.testing.assert_close(merged[stays], wanted, atol=1e-5, rtol=1e-5)

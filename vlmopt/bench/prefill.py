@@ -7,6 +7,7 @@ of times and FLOPs alike.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmopt.analysis.cost import stage_cost
+from vlmopt.bench.methods import one_cut
 from vlmopt.bench.models import Shape, build_llava, prompt
 from vlmopt.bench.timing import Ratio, interleave, is_noisy
 from vlmopt.errors import VerifyError
@@ -39,6 +41,7 @@ class Cut:
     """One rewritten stage beside the untouched ones.
 
     Attributes:
+        method: name of the pass.
         keep: visual tokens kept.
         pipeline: what was applied.
         ideal: FLOPs of the untouched language model over those of the rewritten one.
@@ -47,6 +50,7 @@ class Cut:
             keep, relative to their norm.
     """
 
+    method: str
     keep: int
     pipeline: str
     ideal: float
@@ -59,7 +63,7 @@ class Prefill:
     """Times of one model.
 
     Attributes:
-        seconds: for each baseline and each cut (by its ``keep``, as text) one time per round.
+        seconds: for each baseline and each cut (by its pipeline) one time per round.
         errors: of the baselines, as for cuts.
     """
 
@@ -77,7 +81,7 @@ class Prefill:
 
     def speedup(self, cut: Cut, over: str | None = None) -> Ratio:
         """Of a cut over a baseline, by default :attr:`baseline`."""
-        return Ratio.of(self.seconds[over or self.baseline], self.seconds[str(cut.keep)])
+        return Ratio.of(self.seconds[over or self.baseline], self.seconds[cut.pipeline])
 
     @property
     def noisy(self) -> bool:
@@ -112,6 +116,7 @@ def measure(
     shape: Shape,
     keeps: Sequence[int],
     *,
+    methods: Sequence[str] = ("v2drop",),
     layer: int = 2,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -122,7 +127,8 @@ def measure(
     """Build, capture, rewrite, compile, check, and then time.
 
     Args:
-        keeps: visual tokens to keep, one rewritten stage each.
+        keeps: visual tokens to keep; one rewritten stage for each method and each of these.
+        methods: names of passes that drop tokens.
         layer: first layer that runs on fewer tokens.
         rounds: how often each is run.
         baselines: of :data:`BASELINES`, at least one of the first two.
@@ -155,14 +161,16 @@ def measure(
             errors[baseline] = _difference(result, truth)
             _check(baseline, errors[baseline], dtype)
         cuts = []
-        for keep in keeps:
-            progress(f"{name}: rewriting and compiling keep={keep}")
-            pipeline = f"v2drop{{layers={layer} keep={keep}}}"
+        for method, keep in itertools.product(methods, keeps):
+            pipeline = one_cut(method, layer, keep)
+            progress(f"{name}: rewriting and compiling {pipeline}")
             rewritten = program.clone()
             run_pipeline(rewritten, pipeline)
             fewer = rewritten["language_model"]
-            functions[str(keep)] = _compiled(fewer, values)
-            cuts.append(_checked(fewer, values, functions[str(keep)], keep, pipeline, stage, dtype))
+            functions[pipeline] = _compiled(fewer, values)
+            same, error = _checked(fewer, values, functions[pipeline], pipeline, dtype)
+            ideal = flops_ideal(stage, fewer)
+            cuts.append(Cut(method, keep, pipeline, ideal, same, error))
         seconds = interleave(
             functions,
             rounds,
@@ -232,12 +240,10 @@ def _checked(
     stage: Stage,
     values: Mapping[str, Tensor],
     compiled: Callable[[], Any],
-    keep: int,
     pipeline: str,
-    before: Stage,
     dtype: torch.dtype,
-) -> Cut:
-    """The cut, once its compiled stage was found to do what it does in eager mode."""
+) -> tuple[float, float]:
+    """``same_tokens`` and ``error`` of a cut: it must do compiled what it does in eager mode."""
     eager, fast = stage.graph_module(*_arguments(stage, values)), compiled()
     wanted, found = _kept(stage, eager), _kept(stage, fast)
     both = torch.isin(wanted, found)
@@ -246,11 +252,12 @@ def _checked(
         raise VerifyError(
             "parity", f"{pipeline}: Inductor keeps other tokens than eager mode ({same:.1%} shared)"
         )
-    error = _difference(
-        _hidden(stage, fast)[:, torch.isin(found, wanted)], _hidden(stage, eager)[:, both]
-    )
+    result, reference = _hidden(stage, fast), _hidden(stage, eager)
+    if stage.last_cut is not None:  # else all tokens are back in the end
+        result, reference = result[:, torch.isin(found, wanted)], reference[:, both]
+    error = _difference(result, reference)
     _check(pipeline, error, dtype)
-    return Cut(keep, pipeline, flops_ideal(before, stage), same, error)
+    return same, error
 
 
 def flops_ideal(before: Stage, after: Stage) -> float:
@@ -279,6 +286,7 @@ def table(results: Sequence[Prefill]) -> str:
     head = (
         "model",
         "dtype",
+        "method",
         "visual tokens",
         "Inductor",
         "vlmopt",
@@ -296,9 +304,10 @@ def table(results: Sequence[Prefill]) -> str:
                 (
                     result.shape.name,
                     result.dtype,
+                    cut.method,
                     f"{result.shape.visual} -> {cut.keep}",
                     milliseconds(result.seconds[result.baseline]),
-                    milliseconds(result.seconds[str(cut.keep)]),
+                    milliseconds(result.seconds[cut.pipeline]),
                     f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
                     + (" noisy" if result.noisy else ""),
                     f"{cut.ideal:.2f}",

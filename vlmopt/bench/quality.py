@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from vlmopt import digits
+from vlmopt.bench.methods import one_cut
 from vlmopt.pipeline.manager import run_pipeline
-from vlmopt.pipeline.options import option_types
 from vlmopt.pipeline.registry import find_pass
 from vlmopt.program import Program
 from vlmopt.runtime.model import Engine
@@ -44,14 +44,6 @@ class Score:
         return math.sqrt(self.share * (1 - self.share) / self.asked)
 
 
-def pipeline_of(method: str, layer: int, keep: float) -> str:
-    """One cut by a method: ``keep`` of the visual tokens from ``layer`` on, positions kept."""
-    one = find_pass(method)
-    extra = {"scored": layer, "basis": 4}
-    chosen = [f"{name}={value}" for name, value in extra.items() if name in option_types(one)]
-    return f"{method}{{{' '.join([f'layers={layer}', f'keep={keep}', 'positions=keep', *chosen])}}}"
-
-
 class Exam:
     """Held-out questions for the bundled model, and programs that have been captured for them.
 
@@ -71,7 +63,7 @@ class Exam:
 
     def score(self, method: str, layer: int, keep: float) -> Score:
         """Right answers with one cut."""
-        text = pipeline_of(method, layer, keep)
+        text = one_cut(method, layer, keep)
         engine = Engine(self.model, partial(run_pipeline, pipeline=text), "eager")
         engine.capture = self._capture
         return Score(method, layer, keep, *self._count(engine.twin))

@@ -203,3 +203,165 @@ def _(
     per_step: bool,
 ) -> Tensor:
     return features.new_empty(features.shape[0], count, dtype=torch.int64)
+
+
+@torch.library.custom_op("vlmopt::centrifugal", mutates_args=())
+def centrifugal(
+    hidden: Tensor,
+    keys: Tensor,
+    places: Tensor,
+    valid: Tensor,
+    quota: Tensor,
+    count: int,
+    pivots: int,
+    channels: int,
+    spatial: float,
+    threshold: float,
+    step: float,
+    batch: int,
+    diagonal: float,
+    fill: bool,
+) -> Tensor:
+    """Grow a set outwards from pivots, near and different tokens first.
+
+    A candidate is redundant as far as it resembles a pick, the more so the farther away from all
+    picks it lies. In rounds, those below a threshold join, a batch at a time; each round raises
+    the threshold. VLM-Pruner, arXiv 2512.02700.
+
+    Args:
+        hidden: ``[batch, tokens, width]``; similarity is that of the ``channels`` of largest
+            variance.
+        keys: ``[batch, tokens, any]``; pivots lie far apart in them.
+        places: float32 ``[tokens, 2]``, on the grid of the image; ``diagonal`` is its length.
+        valid: bool ``[batch, tokens]``.
+        quota: int64 ``[batch, 1]``, picks per sample, at most ``count``.
+        spatial: how much distance adds to redundancy.
+        threshold, step: of the first round, and per round.
+        batch: candidates that are looked at together.
+        fill: go on with the least redundant ones where the rounds pick too few.
+
+    Returns:
+        int64 ``[batch, count]``, in the order of picking; -1 behind the last one.
+    """
+    picks = hidden.new_full((hidden.shape[0], count), -1, dtype=torch.int64)
+    for sample in range(hidden.shape[0]):
+        there = torch.nonzero(valid[sample])[:, 0]
+        grown = _Growth(
+            hidden[sample, there].float(),
+            keys[sample, there].float(),
+            places[there].float() / diagonal,
+            min(int(quota[sample]), len(there)),
+            channels,
+            spatial,
+        )
+        grown.start(pivots)
+        grown.rounds(threshold, step, batch)
+        if fill:
+            grown.fill()
+        picks[sample, : len(grown.picks)] = there[torch.tensor(grown.picks, dtype=torch.int64)]
+    return picks
+
+
+@centrifugal.register_fake
+def _(
+    hidden: Tensor,
+    keys: Tensor,
+    places: Tensor,
+    valid: Tensor,
+    quota: Tensor,
+    count: int,
+    pivots: int,
+    channels: int,
+    spatial: float,
+    threshold: float,
+    step: float,
+    batch: int,
+    diagonal: float,
+    fill: bool,
+) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], count, dtype=torch.int64)
+
+
+def similarity(hidden: Tensor, channels: int) -> Tensor:
+    """Cosine similarity on the channels of largest variance, ``[..., tokens, tokens]``.
+
+    Args:
+        hidden: ``[..., tokens, width]``.
+    """
+    varying = hidden.var(-2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
+    index = varying[..., None, :].expand(*hidden.shape[:-1], varying.shape[-1])
+    rows = hidden.gather(-1, index)
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    return rows @ rows.transpose(-1, -2)
+
+
+class _Growth:
+    """The picks of one sample so far, and how redundant the others are."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        places: Tensor,
+        quota: int,
+        channels: int,
+        spatial: float,
+    ) -> None:
+        self.keys, self.places, self.quota, self.spatial = keys, places, quota, spatial
+        self.alike = similarity(hidden, channels)
+        self.picks: list[int] = []
+        self.resemblance = torch.full((len(hidden),), float("-inf"))
+        self.distance = torch.full((len(hidden),), float("inf"))
+        self.open = torch.ones(len(hidden), dtype=torch.bool)
+
+    def redundancy(self) -> Tensor:
+        return self.resemblance * (1 + self.spatial * self.distance)
+
+    def add(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self.picks.append(token)
+            self.open[token] = False
+            self.resemblance = torch.maximum(self.resemblance, self.alike[token])
+            away = (self.places - self.places[token]).norm(dim=-1)
+            self.distance = torch.minimum(self.distance, away)
+
+    def start(self, pivots: int) -> None:
+        pick = int(self.keys.abs().sum(-1).argmax())
+        nearest = torch.full((len(self.keys),), float("inf"))
+        for _ in range(min(pivots, self.quota)):
+            self.add([pick])
+            nearest = torch.minimum(nearest, (self.keys - self.keys[pick]).norm(dim=-1))
+            pick = int(nearest.masked_fill(~self.open, -1.0).argmax())
+
+    def ranked(self) -> list[int]:
+        """Open tokens, the least redundant first."""
+        candidates = torch.nonzero(self.open)[:, 0]
+        order = torch.sort(self.redundancy()[candidates], stable=True).indices
+        ranked: list[int] = candidates[order].tolist()
+        return ranked
+
+    def rounds(self, threshold: float, step: float, batch: int) -> None:
+        number = 0
+        while len(self.picks) < self.quota:
+            before = len(self.picks)
+            self.round(threshold + step * number, batch)
+            if len(self.picks) == before:
+                return
+            number += 1
+
+    def round(self, threshold: float, batch: int) -> None:
+        ranked = self.ranked()
+        start = len(self.picks)
+        for at in range(0, len(ranked), batch):
+            part = ranked[at : at + batch]
+            redundancy = self.redundancy()
+            fresh = [token for token in part if float(redundancy[token]) < threshold]
+            room = self.quota - len(self.picks)
+            if len(fresh) > room:
+                fresh = sorted(part, key=lambda token: float(redundancy[token]))[:room]
+            self.add(fresh)
+            if len(self.picks) == self.quota or (at == 0 and len(self.picks) == start):
+                return
+
+    def fill(self) -> None:
+        self.add(self.ranked()[: self.quota - len(self.picks)])
