@@ -17,8 +17,7 @@ class DuetVlm(TokenDrop):
     At the entry of each chosen layer ``k``, a token's score is the attention that it would get in
     layer ``k`` from the text after the image, mean over heads and over that text. Shares are of the
     original visual tokens, and 0 drops all. Positions are renumbered, as in the official LLaVA
-    code, except where they have several axes. The first stage, at the vision encoder, is a pass of
-    its own.
+    code, except where they have several axes.
 
     Reference: "DUET-VLM: Dual stage Unified Efficient Token reduction for VLM Training and
     Inference", arXiv 2602.18846.

@@ -1,4 +1,8 @@
-"""Attention scores without the full matrix (first version: rows only; to be completed)."""
+"""Attention scores without the full matrix: a few rows, or sums over columns.
+
+Everything is computed in float32 whatever the inputs are. They serve selection only: no gradient
+flows through them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ def attention_rows_reference(
     positions: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
+    """:func:`attention_rows` in operators of torch."""
     query, key = query.float(), key.float()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -38,6 +43,19 @@ def attention_rows(
     positions: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
+    """Attention of a few rows: ``softmax(query key^T)``.
+
+    Args:
+        query: ``[batch, heads, rows, size]``.
+        key: ``[batch, key heads, keys, size]``; query head ``h`` uses key head
+            ``h // (heads / key heads)``.
+        mask: bool (True: may attend) or float (added), broadcastable to the result.
+        positions: int64 ``[batch, rows]``: the slot of each row; it sees keys up to there.
+        scale: of the products, ``size ** -0.5`` by default.
+
+    Returns:
+        float32 ``[batch, heads, rows, keys]``; zeros for a row that sees nothing.
+    """
     return attention_rows_reference(query, key, mask, positions, scale)
 
 

@@ -6,6 +6,9 @@ not valid are picked only when no valid one is left.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +43,40 @@ def farthest_point(
     Returns:
         int64 ``[batch, count]``, in the order of picking.
     """
-    return farthest_point_steps(features, valid, weight, start, count, metric)
+    if features.device.type != "cpu":
+        return farthest_point_steps(features, valid, weight, start, count, metric)
+    rows = _prepare(features, metric)
+    first = _most_isolated(rows, valid, metric) if start is None else start
+    weights = None if weight is None else weight.float().numpy()
+    picks = np.empty((len(rows), count), dtype=np.int64)
+    # small steps on one row: a third of the time that they take in torch
+    for sample in range(len(rows)):
+        own = rows[sample : sample + 1]
+        whole = _distances(own, own, metric)[0].numpy() if _fits(own, metric) else None
+        cap = np.where(valid[sample].numpy(), np.float32(np.inf), np.float32(-1))
+        nearest = np.full(rows.shape[1], np.inf, dtype=np.float32)
+        score = np.empty_like(nearest)
+        pick = int(first[sample])
+        picks[sample, 0] = pick
+        for step in range(1, count):
+            cap[pick] = -2
+            far = whole[pick] if whole is not None else _one_row(own, pick, metric)
+            np.minimum(nearest, far, out=nearest)
+            np.multiply(nearest, 1 if weights is None else weights[sample], out=score)
+            np.minimum(score, cap, out=score)
+            pick = int(score.argmax())
+            picks[sample, step] = pick
+    return torch.from_numpy(picks)
+
+
+def _fits(rows: Tensor, metric: str) -> bool:
+    """Whether all distances may be held at once."""
+    size = rows.shape[1] ** 2
+    return size * (1 if metric == "cosine" else rows.shape[2]) <= 16 * _BLOCK
+
+
+def _one_row(rows: Tensor, pick: int, metric: str) -> Any:
+    return _distances(rows[:, pick : pick + 1], rows, metric)[0, 0].numpy()
 
 
 def farthest_point_steps(
@@ -142,7 +178,38 @@ def greedy_log_det(
     Returns:
         int64 ``[batch, count]``, in the order of picking.
     """
-    return greedy_log_det_steps(features, valid, bonus, alpha, ridge, count, per_step)
+    if features.device.type != "cpu":
+        return greedy_log_det_steps(features, valid, bonus, alpha, ridge, count, per_step)
+    picks = np.empty((len(features), count), dtype=np.int64)
+    for sample in range(len(features)):
+        rows, there = features[sample].float(), valid[sample]
+        gram = (rows @ rows.T).numpy()
+        squares = rows.square().sum(-1)
+        mean = float((squares * there).sum() / there.sum().clamp(min=1))
+        floor = np.float32(max(ridge * mean, float(np.finfo(np.float32).tiny)))
+        rest = squares.numpy() + floor
+        worth = np.float32(1 - alpha) * bonus[sample].float().numpy()
+        factors = np.empty((count, len(rows)), dtype=np.float32)
+        valid_here, open_ = there.numpy(), np.ones(len(rows), dtype=bool)
+        low = spread = np.float32(0)
+        for step in range(count):
+            gain = np.log(np.maximum(rest, floor))
+            if step == 0 or per_step:
+                among = gain[valid_here & open_]
+                low = among.min() if len(among) else np.float32(0)
+                spread = among.max() - low if len(among) else np.float32(0)
+            scaled = (gain - low) / spread if spread > 0 else np.zeros_like(gain)
+            score = np.where(valid_here, worth + np.float32(alpha) * scaled, np.float32(-1e30))
+            score[~open_] = -np.inf
+            pick = int(score.argmax())
+            picks[sample, step] = pick
+            open_[pick] = False
+            known = factors[:step]
+            column = (gram[pick] - known[:, pick] @ known) / np.sqrt(max(rest[pick], floor))
+            column[~open_] = 0
+            factors[step] = column
+            rest = np.maximum(rest - column * column, floor)
+    return torch.from_numpy(picks)
 
 
 def greedy_log_det_steps(
