@@ -251,6 +251,130 @@ def _qwen_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _qwen3_vl_moe(layers: int) -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    dense = _qwen3_vl(layers).config
+    experts = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    model = Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(
+            text_config={
+                **_text(layers, head_dim=8),
+                **experts,
+                "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+            },
+            vision_config={**dense.vision_config.to_dict(), "model_type": "qwen3_vl_moe_vision"},
+            image_token_id=IMAGE,
+            video_token_id=5,
+            vision_start_token_id=6,
+            vision_end_token_id=7,
+        )
+    )
+    model.set_experts_implementation("batched_mm")
+    return model
+
+
+def _vipllava(layers: int) -> Any:
+    from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
+
+    config = VipLlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **_clip_vision()},
+        text_config={"model_type": "llama", **_text(layers)},
+        image_token_index=IMAGE,
+        image_seq_length=16,
+        vision_feature_layers=[-1, -2],
+    )
+    return VipLlavaForConditionalGeneration(config)
+
+
+def _siglip(**extra: Any) -> dict[str, Any]:
+    vision = _clip_vision(**extra)
+    return {"model_type": "siglip_vision_model", **vision, "vision_use_head": False}
+
+
+def _aya_vision(layers: int) -> Any:
+    from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration
+
+    config = AyaVisionConfig(
+        vision_config=_siglip(image_size=64),
+        text_config={"model_type": "cohere2", **_text(layers), "sliding_window": 8},
+        image_token_index=IMAGE,
+    )
+    return AyaVisionForConditionalGeneration(config)
+
+
+def _cohere2_vision(layers: int) -> Any:
+    from transformers import Cohere2VisionConfig, Cohere2VisionForConditionalGeneration
+
+    config = Cohere2VisionConfig(
+        vision_config=_siglip(image_size=64),
+        text_config={"model_type": "cohere2", **_text(layers)},
+        image_token_id=IMAGE,
+        alignment_intermediate_size=64,
+    )
+    return Cohere2VisionForConditionalGeneration(config)
+
+
+def _idefics3(layers: int) -> Any:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    config = Idefics3Config(
+        vision_config=_clip_vision(image_size=64),
+        text_config={"model_type": "llama", **_text(layers)},
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def _paligemma(layers: int) -> Any:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    config = PaliGemmaConfig(
+        vision_config={**_siglip(), "projection_dim": 32},
+        text_config={"model_type": "gemma", **_text(layers, head_dim=8)},
+        image_token_id=IMAGE,
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return PaliGemmaForConditionalGeneration(config)
+
+
+def _mistral3(layers: int) -> Any:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    config = Mistral3Config(
+        vision_config={"model_type": "pixtral", **_clip_vision(image_size=64), "head_dim": 8},
+        text_config={"model_type": "mistral", **_text(layers, head_dim=8)},
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    return Mistral3ForConditionalGeneration(config)
+
+
+def _mistral3_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
+    return {**_images(64)(batch, seed), "image_sizes": torch.tensor([[64, 64]] * batch)}
+
+
+def _llava_next(layers: int) -> Any:
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    config = LlavaNextConfig(
+        vision_config={"model_type": "clip_vision_model", **_clip_vision()},
+        text_config={"model_type": "llama", **_text(layers)},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[32, 32]],
+        vision_feature_layer=-1,
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def _idefics3_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _images(64)(batch, seed)["pixel_values"][:, None]}
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -266,10 +390,28 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+MORE_FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("qwen3_vl_moe", _qwen3_vl_moe, 16, _qwen_pixels),
+        Family("vipllava", _vipllava, 16, _images(32)),
+        Family("llava_next", _llava_next, 16 + 16 + 4, _llava_onevision_pixels),
+        Family("idefics3", _idefics3, 16, _idefics3_pixels),
+        Family("paligemma", _paligemma, 16, _images(32)),
+        Family("mistral3", _mistral3, 16, _mistral3_pixels),
+        Family("aya_vision", _aya_vision, 16, _images(64)),
+        Family("cohere2_vision", _cohere2_vision, 16, _images(64)),
+    )
+}
+"""Not in every test of the eight above."""
+
+EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES}
+
+
 def build(name: str, *, layers: int = 4, seed: int = 0) -> Any:
     """The tiny model of family ``name``: float32, eval mode, random weights from ``seed``."""
     torch.manual_seed(seed)
-    return FAMILIES[name].build(layers).eval()
+    return EVERY_FAMILY[name].build(layers).eval()
 
 
 def inputs(
@@ -286,7 +428,7 @@ def inputs(
     left-padded. Returns ``input_ids``, ``attention_mask`` (int64 ``[batch, length]``) and the
     family's image tensors.
     """
-    family = FAMILIES[name]
+    family = EVERY_FAMILY[name]
     generator = torch.Generator().manual_seed(seed + 1)
     text = text or tuple(6 + 2 * b for b in range(batch))
     rows = []
@@ -305,4 +447,6 @@ def inputs(
         batch_inputs["mm_token_type_ids" if name != "gemma3" else "token_type_ids"] = (
             ids == IMAGE
         ).long()
+    if name == "paligemma":  # all of a prompt is prefix, as the processor says
+        batch_inputs["token_type_ids"] = torch.zeros_like(ids)
     return batch_inputs

@@ -71,6 +71,14 @@ CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
         "alvts{layers=0,1,3 keep=0.5 rank=32}",
         lambda model: [(at, methods.alvts(half, model)) for at in (0, 1, 3)],
     ),
+    "composed": (
+        "hawk{keep=0.5} | fastv{layers=2 keep=0.5} | alvts{layers=3 keep=0.5 rank=32}",
+        lambda model: [
+            (0, methods.hawk(half, model)),
+            (2, methods.fastv(half)),
+            (3, methods.alvts(half, model)),
+        ],
+    ),
 }
 FAMILIES = dict.fromkeys(CASES, ("llava", "qwen2_5_vl")) | {
     "fastv": ("llava", "gemma3", "qwen3_vl", "internvl"),

@@ -112,7 +112,11 @@ def _check_operators(stage: Stage) -> None:
                 raise VerifyError("mutation", f"{target} writes into its input", node=node)
             if target.namespace not in OPERATOR_NAMESPACES:
                 raise VerifyError(
-                    "operators", f"{target} is neither an ATen nor a vlmopt operator", node=node
+                    "operators",
+                    f"{target} is neither an ATen nor a vlmopt operator",
+                    node=node,
+                    hint="choose another implementation before capturing; for the experts of a "
+                    "mixture: model.set_experts_implementation('batched_mm')",
                 )
         elif target not in SYMBOLIC_FUNCTIONS:
             raise VerifyError(

@@ -303,13 +303,14 @@ class Engine:
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
         result = self._prefill(kwargs) if not args else None
         if result is None:
             return self.model.get_decoder().forward(*args, **kwargs)
         hidden, cache = result
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        # what every decoder's output has, and the router's of those with experts
+        return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
     def _prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
         """Run a prompt on the rewritten stage; ``None`` when it holds no visual tokens."""
@@ -357,6 +358,8 @@ def _positions(
     ports = stage.find_inputs(Role.POSITION_IDS)
     if positions is None:
         return torch.arange(modality.shape[1], device=modality.device).expand(modality.shape)
+    if positions.ndim == 2:  # one row may stand for all samples
+        return positions.expand(modality.shape)
     if not ports or positions.ndim != 3:
         return positions
     if positions.shape[0] + 1 != stage.placeholder(ports[0]).meta["val"].shape[0]:
