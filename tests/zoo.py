@@ -282,7 +282,7 @@ def _vipllava(layers: int) -> Any:
         text_config={"model_type": "llama", **_text(layers)},
         image_token_index=IMAGE,
         image_seq_length=16,
-        vision_feature_layers=[-1, -2],
+        vision_feature_layer=[-1, -2],
     )
     return VipLlavaForConditionalGeneration(config)
 
@@ -333,7 +333,6 @@ def _paligemma(layers: int) -> Any:
     config = PaliGemmaConfig(
         vision_config={**_siglip(), "projection_dim": 32},
         text_config={"model_type": "gemma", **_text(layers, head_dim=8)},
-        image_token_id=IMAGE,
         image_token_index=IMAGE,
         projection_dim=32,
         hidden_size=32,
