@@ -27,6 +27,7 @@ COMMANDS = (
     "stats",
     "verify",
     "export",
+    "calibrate",
     "demo",
     "env",
 )
