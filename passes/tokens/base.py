@@ -153,6 +153,11 @@ class TokenDrop(Pass):
                     f"at layer {later[0].layer}",
                     hint="put the pass that cuts earlier first, and cut each layer once",
                 )
+        if self.restores and self.positions != "keep":
+            raise OptionError(
+                f"{self.name} cannot renumber positions: the tokens that it leaves out come back",
+                hint="use positions=keep",
+            )
         scored = self.scored_layers()
         if self.layer_reads and not any(layer < self.layers[0] for layer in scored):
             raise PreconditionError(
@@ -182,8 +187,10 @@ class TokenDrop(Pass):
         stage = token_stage(program)
         before = len(stage.cuts)
         carried: dict[str, fx.Node] = {}
+        since = 0
         for layer, keep in self.cuts():
-            carried = self._cut(stage, layer, keep, carried, ctx)
+            carried = self._cut(stage, layer, keep, since, carried, ctx)
+            since = layer
         remove_unused(stage)  # what was carried past the last cut
         made = stage.cuts[before:]
         if "decode" in program:
@@ -200,6 +207,7 @@ class TokenDrop(Pass):
         stage: Stage,
         layer: int,
         keep: float | int,
+        since: int,
         carried: dict[str, fx.Node],
         ctx: PassContext,
     ) -> dict[str, fx.Node]:
@@ -230,7 +238,7 @@ class TokenDrop(Pass):
         if self.is_fixed():
             site = replace(site, fixed=self._fixed_slots(site, keep))
         if self.layer_reads:
-            carried = self._accumulate(site, layers, carried)
+            carried = self._accumulate(site, layers, since, carried)
         if quotas == list(modality.visual):
             ctx.remark(
                 f"layer {layer}: keep={keep} keeps all {max(quotas)} visual tokens",
@@ -306,14 +314,12 @@ class TokenDrop(Pass):
         return score, slots, valid_slots, select.take(hidden.scatter(1, index, merged), slots)
 
     def _accumulate(
-        self, site: CutSite, layers: Layers, carried: dict[str, fx.Node]
+        self, site: CutSite, layers: Layers, since: int, carried: dict[str, fx.Node]
     ) -> dict[str, fx.Node]:
-        """Add the scores of the layers since the last cut to what was carried from before it."""
-        stage = site.stage
-        done = stage.last_cut.layer if carried and stage.last_cut else 0
+        """Add the scores of the layers from ``since`` on to what was carried from before."""
         history = carried.get("history")
         for layer in self.scored_layers():
-            if not done <= layer < site.layer:
+            if not since <= layer < site.layer:
                 continue
             parts = sublayers(layers, layer)
             if parts.middle.meta["val"].shape[1] != site.hidden.meta["val"].shape[1]:

@@ -15,7 +15,8 @@ from oracles import methods
 from oracles.reduced import ReducedOracle
 
 import vlmopt
-from vlmopt.errors import PreconditionError
+from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.pipeline.manager import run_pipeline
 
 Plan = list[tuple[int, methods.Choose]]
 
@@ -147,3 +148,37 @@ def test_several_axes_of_positions_cannot_be_renumbered() -> None:
     model, inputs = zoo.build("qwen2_5_vl"), zoo.inputs("qwen2_5_vl")
     with pytest.raises(PreconditionError, match="several axes of them"):
         vlmopt.optimize(model, inputs, "duet-vlm{layers=1 keep=0.5 positions=renumber}")
+
+
+def test_tokens_that_come_back_keep_their_positions() -> None:
+    program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+    with pytest.raises(OptionError, match="the tokens that it leaves out come back"):
+        run_pipeline(program, "alvts{layers=1 rank=8 positions=renumber}")
+
+
+def test_a_cut_that_keeps_all_does_not_count_layers_twice() -> None:
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", batch=2)
+    logits = []
+    for text in (
+        "transprune{layers=1,3 keep=1,0.5 scored=3}",
+        "transprune{layers=3 keep=0.5 scored=3}",
+    ):
+        with torch.no_grad():
+            logits.append(vlmopt.optimize(model, inputs, text, backend="eager")(**inputs).logits)
+    assert torch.equal(*logits)
+
+
+def test_prompts_of_any_length_in_one_graph() -> None:
+    text = "fastv{layers=1 keep=0.5} | duet-vlm{layers=3 keep=0.25}"
+    model = zoo.build("llava")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, backend="vlmopt", options={"passes": text, "lowering": "eager"}, dynamic=True
+    )
+    for length in (6, 9):
+        inputs = zoo.inputs("llava", batch=2, text=(length, length))
+        with torch.no_grad():
+            found = compiled(**inputs).logits
+            wanted = vlmopt.optimize(model, inputs, text, backend="eager")(**inputs).logits
+        assert (found - wanted).abs().max() <= 1e-5
+    torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,15 +130,11 @@ def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     count: Any = max(1, tokens - min(values.visual))
     if isinstance(tokens, torch.SymInt):
         size = values.emit.call(aten.sym_size.int, values.modality, 1)
-        count = values.emit.call(_sub, size, min(values.visual))
+        count = values.emit.call(operator.sub, size, min(values.visual))
     slots, weights = values.emit.trace(
         _instruction_rows, values.modality, count, names=("rows", "weights")
     )
     return slots, weights, count
-
-
-def _sub(left: Any, right: int) -> Any:
-    return left - right
 
 
 def _mask_rows(mask: Tensor, slots: Tensor) -> Tensor:
