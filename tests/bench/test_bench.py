@@ -187,7 +187,7 @@ def test_json_of_made_up_times(result: prefill.Prefill) -> None:
     document = json.loads(json.dumps(result.to_json()))
     assert document["baseline"] == "hf"
     assert document["shape"]["intermediate"] == 1376
-    assert document["seconds"]["64"] == [0.1, 0.125, 0.13]
+    assert document["seconds"]["v2drop{layers=2 keep=64}"] == [0.1, 0.125, 0.13]
     first, second = document["cuts"]
     assert first["speedup"]["hf"]["value"] == pytest.approx(2.0)
     assert first["of_ideal"] == pytest.approx(1.0)

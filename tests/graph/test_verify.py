@@ -90,7 +90,9 @@ def test_mutating_operator(stage: Stage) -> None:
 def test_operator_of_another_library(stage: Stage) -> None:
     node(stage, "gelu").target = torch.ops.prims.sin.default
     assert violation(stage) == (
-        "operators: prims.sin.default is neither an ATen nor a vlmopt operator"
+        "operators: prims.sin.default is neither an ATen nor a vlmopt operator\n"
+        "  try: choose another implementation before capturing; for the experts of a mixture: "
+        "model.set_experts_implementation('batched_mm')"
     )
 
 
