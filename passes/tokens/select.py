@@ -142,3 +142,25 @@ def strided(number: Tensor, quota: Tensor, present: Tensor) -> Tensor:
 def ordinal(visual: Tensor) -> Tensor:
     """Number of each visual token among those of its sample, from 0; int64, like ``visual``."""
     return visual.long().cumsum(-1) - 1
+
+
+def above_threshold(
+    score: Tensor, visual: Tensor, threshold: float | Tensor, capacity: int | torch.SymInt
+) -> tuple[Tensor, Tensor]:
+    """Slots of the visual tokens that score above a threshold; the best ones where room is short.
+
+    Args:
+        score: float32 ``[batch, tokens]``.
+        visual: bool ``[batch, tokens]``.
+        threshold: a number, or ``[batch, 1]``; a score equal to it does not pass.
+        capacity: slots per sample, at most the number of tokens.
+
+    Returns:
+        Slots int64 ``[batch, capacity]``, ascending, and bool ``[batch, capacity]``: False marks a
+        filler, a token that did not pass and that no one may attend to.
+    """
+    passes = visual & (score > threshold)
+    ranked = torch.where(visual, score, float("-inf"))
+    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :capacity]
+    slots = order.sort(dim=-1).values
+    return slots, passes.gather(1, slots)

@@ -64,6 +64,7 @@ class TokenAxes:
         ends: operators that take a value with a token axis and give one without.
         frontier: values computed outside that share a token axis, with their dimensions. These
             may have more leading dimensions than the value: then it broadcasts over the batch.
+        special: tokens at the front that stay in their places, so that they may be read by place.
     """
 
     tokens: Factor
@@ -71,6 +72,7 @@ class TokenAxes:
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     ends: list[fx.Node] = field(default_factory=list)
     frontier: dict[fx.Node, Dims] = field(default_factory=dict)
+    special: int = 0
 
     @property
     def region(self) -> list[fx.Node]:
@@ -86,18 +88,20 @@ def follow_tokens(
     batch: Factor | None,
     absorb: bool = True,
     stops: Collection[fx.Node] = (),
+    special: int = 0,
 ) -> TokenAxes:
     """Follow token axes from ``starts`` (value -> its dimensions) to the end of ``graph``.
 
     Args:
         absorb: move the frontier up through views that only the region uses.
         stops: values at which the region ends; what uses them is not looked at.
+        special: tokens at the front that stay in their places.
 
     Raises:
         UnsupportedOperatorError: a token axis reaches an operator that has no rule, or that mixes
             tokens by position.
     """
-    axes = TokenAxes(tokens, batch, dict(starts))
+    axes = TokenAxes(tokens, batch, dict(starts), special=special)
     for node in graph.nodes:
         if node.op != "call_function" or node in starts:
             continue
@@ -423,7 +427,19 @@ def _slice(rule: _Rule) -> Dims:
     if size == 1 and _is_last(rule, rule.number(2, "start"), source[dim]):
         source[dim] = (1,)
         return tuple(source)
+    start, stop, step = (rule.number(at, name) for at, name in enumerate(_SLICE, start=2))
+    if source[dim] == (T,) and step in (None, 1):
+        start, special = start or 0, rule.axes.special
+        if isinstance(stop, int) and 0 <= start < stop <= special:
+            source[dim] = (size,)
+            return tuple(source)
+        if 0 < start <= special and rule.same_size(rule._volume((T,)) - start, size):
+            source[dim] = (T - start,)
+            return tuple(source)
     raise rule.refuse("takes a part of the token axis by position")
+
+
+_SLICE = ("start", "end", "step")
 
 
 def _is_last(rule: _Rule, index: Any, dim: Dim) -> bool:
@@ -435,7 +451,9 @@ def _select(rule: _Rule) -> Dims:
     source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
     dim = rule.axis(rule.node.args[0], rule.node.args[1])  # type: ignore[arg-type]
     if has_tokens(source[dim]) and not _is_last(rule, rule.node.args[2], source[dim]):
-        raise rule.refuse("takes one token by position")
+        index: Any = rule.node.args[2]
+        if source[dim] != (T,) or not 0 <= index < rule.axes.special:
+            raise rule.refuse("takes one token by position")
     del source[dim]
     return tuple(source)
 
@@ -881,7 +899,9 @@ def _source_dims(axes: TokenAxes, node: fx.Node, source: fx.Node, wanted: Dims) 
             return None
     close: Dims | None = None
     for trial in trials:
-        attempt = TokenAxes(axes.tokens, axes.batch, {source: tuple(trial)})
+        attempt = TokenAxes(
+            axes.tokens, axes.batch, {source: tuple(trial)}, special=axes.special
+        )
         try:
             result = _Rule(attempt, node).apply()
         except UnsupportedOperatorError:

@@ -86,7 +86,7 @@ def _rewrite_sizes(
         source = before.get(node.args[0])  # type: ignore[arg-type]
         along = node.args[1] if len(node.args) > 1 else 0
         if source is not None and has_tokens(source[along]):  # type: ignore[index]
-            _rewrite_part(node)
+            _rewrite_part(node, axes.special)
         return
     position = SIZE_ARGUMENTS.get(cast("Any", node.target))
     if position is None or node not in axes.dims:
@@ -100,16 +100,22 @@ def _rewrite_sizes(
     node.update_arg(position, sizes)
 
 
-def _rewrite_part(node: fx.Node) -> None:
-    """Ends that meant "the whole axis" must go on meaning it; "the last" stays the last."""
+def _rewrite_part(node: fx.Node, special: int) -> None:
+    """Ends that meant "the whole axis" must go on meaning it; "the last" stays the last.
+
+    The ``special`` tokens at the front stay where they are.
+    """
     if node.target is aten.select.int:
-        node.update_arg(2, -1)
+        if not 0 <= cast("int", node.args[2]) < special:
+            node.update_arg(2, -1)
         return
     args = list(node.args) + [None] * (5 - len(node.args))
     start, end = args[2], args[3]
+    if isinstance(end, int) and 0 <= end <= special:
+        return
     if isinstance(end, int) and end >= 0:
         args[3] = 2**63 - 1
-    if isinstance(start, int) and start > 0:
+    if isinstance(start, int) and start > special:
         args[2] = -1
     if args[4] is None:
         args.pop()
