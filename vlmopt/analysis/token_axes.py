@@ -899,9 +899,7 @@ def _source_dims(axes: TokenAxes, node: fx.Node, source: fx.Node, wanted: Dims) 
             return None
     close: Dims | None = None
     for trial in trials:
-        attempt = TokenAxes(
-            axes.tokens, axes.batch, {source: tuple(trial)}, special=axes.special
-        )
+        attempt = TokenAxes(axes.tokens, axes.batch, {source: tuple(trial)}, special=axes.special)
         try:
             result = _Rule(attempt, node).apply()
         except UnsupportedOperatorError:
