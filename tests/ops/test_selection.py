@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from vlmopt.ops.selection import (
     centrifugal,
+    facility_location,
+    facility_location_steps,
     farthest_point,
     farthest_point_steps,
     greedy_log_det,
@@ -131,6 +133,36 @@ def test_more_picks_than_dimensions_give_no_nan() -> None:
     assert picks.tolist() == [[4, 3, 2, 1, 0]]
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6))
+def test_facilities_are_chosen_greedily(seed: int) -> None:
+    """Each pick covers the valid tokens best with the ones before; both implementations agree."""
+    rows = draw(seed, batch=2, tokens=9, width=4)
+    valid = torch.rand(2, 9, generator=torch.Generator().manual_seed(seed)) > 0.3
+    valid[:, 0] = True
+    picks = facility_location(rows, valid, 5)
+    assert picks.tolist() == facility_location_steps(rows, valid, 5).tolist()
+    unit = torch.nn.functional.normalize(rows.double(), dim=-1)
+    for sample in range(2):
+        similar = (unit[sample] @ unit[sample].T).clamp(min=0)[:, valid[sample]]
+        chosen = picks[sample].tolist()
+        assert len(set(chosen)) == 5
+        there = [pick for pick in chosen if valid[sample, pick]]
+        assert there == chosen[: min(5, int(valid[sample].sum()))]
+        for at, pick in enumerate(there):
+            covered = {
+                one: float(similar[[*there[:at], one]].amax(0).sum())
+                for one in range(9)
+                if valid[sample, one]
+            }
+            assert covered[pick] >= max(covered.values()) - 5e-3  # cosines lie on a grid
+
+
+def test_a_duplicate_covers_nothing_more() -> None:
+    rows = torch.tensor([[[1.0, 0], [1, 0], [1, 0], [0, 1]]])
+    assert facility_location(rows, there(rows), 2).tolist() == [[0, 3]]
+
+
 def grown(hidden: torch.Tensor, keys: torch.Tensor, count: int, *, fill: bool) -> list[int]:
     side = math.isqrt(hidden.shape[1])
     place = torch.arange(hidden.shape[1])
@@ -161,6 +193,7 @@ def test_operators_keep_their_contracts() -> None:
     for operator, arguments in (
         (torch.ops.vlmopt.farthest_point, (rows, there(rows), None, None, 4, "cosine")),
         (torch.ops.vlmopt.greedy_log_det, (rows, there(rows), rows[..., 0], 0.5, 1e-6, 4, True)),
+        (torch.ops.vlmopt.facility_location, (rows, there(rows), 4)),
     ):
         torch.library.opcheck(operator.default, arguments)
 

@@ -16,11 +16,13 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., torch.Tensor]] = {
     _own.attention_mass.default: attention.attention_mass_reference,
     _own.farthest_point.default: selection.farthest_point_steps,
     _own.greedy_log_det.default: selection.greedy_log_det_steps,
+    _own.facility_location.default: selection.facility_location_steps,
 }
 """Each operator as a function in operators of torch, for targets that know no others."""
 
 STEPS: Mapping[Any, int] = {
     _own.farthest_point.default: 4,
     _own.greedy_log_det.default: 5,
+    _own.facility_location.default: 2,
 }
 """Operators that decompose into one step per pick: which argument says how many."""

@@ -1,0 +1,124 @@
+"""SAD-TM: merge the patches that neither the class token nor the loss gradient singles out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+import vlmopt.ops  # noqa: F401 - registers vlmopt::attention_rows
+from vlmopt.analysis.encoder import Encoder
+from vlmopt.errors import ArtifactError, OptionError, PreconditionError
+from vlmopt.passes.tokens import select
+from vlmopt.passes.tokens.merge import Match
+from vlmopt.passes.tokens.saliency import read_prior
+from vlmopt.passes.tokens.vit import MergePoint, TokenMerge
+from vlmopt.pipeline.options import option, override
+from vlmopt.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class SadTM(TokenMerge):
+    """Merge patches of low class attention and low saliency prior, after the first blocks.
+
+    A patch's importance is ``alpha`` times the attention that the class token pays to it (without
+    one: the attention that it gets on average) plus ``beta`` times a prior of its place, both
+    rescaled to 0 to 1. In each block after the first ``tau`` a share ``mr`` of the original patches
+    goes: those of least importance, each into the most similar (cosine) of the others, weighted by
+    importance. The prior is measured beforehand by ``saliency_prior`` in
+    ``vlmopt.passes.tokens.saliency``.
+
+    Reference: "Saliency-Driven Token Merging for Vision Transformers", CVPR 2026.
+    """
+
+    name = "sad-tm"
+    example = "sad-tm{mr=0.05 alpha=1 beta=0}"
+    reference = "CVPR 2026"
+
+    mr: float = option(0.05, "share of the original patches that goes in a block", ge=0, le=1)
+    tau: int = option(-1, "blocks at the start that do not merge; -1: a quarter of all", ge=-1)
+    alpha: float = option(0.5, "weight of class attention", ge=0, le=1)
+    beta: float = option(0.5, "weight of the prior; alpha and beta sum to 1", ge=0, le=1)
+    prior: str = option("", "safetensors file with the prior, needed unless beta is 0")
+    prop_attn: bool = override(TokenMerge, "prop_attn", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if abs(self.alpha + self.beta - 1) > 1e-9:
+            raise OptionError(
+                f"{self.name}: alpha and beta sum to {self.alpha + self.beta:g}, not to 1",
+                hint=f"{self.name}{{alpha={self.alpha:g} beta={1 - self.alpha:g}}}",
+            )
+
+    def requires(self, program: Program) -> None:
+        if self.beta and not self.prior:
+            raise OptionError(
+                f"{self.name}: beta is {self.beta:g}, but there is no prior to weigh",
+                hint="calibrate: saliency_prior and write_prior in vlmopt.passes.tokens.saliency; "
+                "or merge by class attention alone: alpha=1 beta=0",
+            )
+        if self.prior:
+            read_prior(self.prior, program)
+        super().requires(program)
+
+    def counts(self, encoder: Encoder) -> dict[int, int]:
+        depth = len(encoder.layers)
+        start = depth // 4 if self.tau < 0 else self.tau
+        if start >= depth:
+            raise PreconditionError(
+                f"{self.name} has no block to merge in: tau is {start}, and stage "
+                f"{encoder.stage.name} has {depth} blocks"
+            )
+        initial = self.initial()
+        if initial is not None and len(initial) != encoder.patches:
+            raise ArtifactError(
+                f"{self.prior} is for images of {len(initial)} patches, these have "
+                f"{encoder.patches}",
+                hint="calibrate with images of this size",
+            )
+        patches = encoder.patches
+        share = Fraction(str(self.mr))
+        if self.keep:
+            share = Fraction(patches - self.left(patches), patches * (depth - start))
+        left = [max(1, round(patches * (1 - share * at))) for at in range(depth - start + 1)]
+        return {start + at: left[at] - left[at + 1] for at in range(depth - start)}
+
+    def initial(self) -> Tensor | None:
+        return read_prior(self.prior) if self.beta else None
+
+    def match(self, at: MergePoint) -> tuple[Match, Tensor]:
+        importance = self.importance(at)
+        order = torch.sort(importance, dim=-1, stable=True).indices + at.special
+        sources, candidates = order[:, : at.count], order[:, at.count :].sort(dim=-1).values
+        unit = torch.nn.functional.normalize(at.tokens.float(), dim=-1)
+        similarity = select.take(unit, sources) @ select.take(unit, candidates).transpose(1, 2)
+        destinations = candidates.gather(1, similarity.argmax(-1))
+        special = torch.arange(at.special, device=order.device).expand(order.shape[0], -1)
+        kept = torch.cat([special, candidates], dim=1)
+        whole = torch.ones_like(at.size[:, : at.special])
+        weights = torch.cat([whole, importance + 1e-6], dim=1)
+        return Match(sources, destinations, kept), weights
+
+    def importance(self, at: MergePoint) -> Tensor:
+        """Importance of each patch: float32 ``[batch, patches]``, from 0 to 1."""
+        every = torch.ones_like(at.size[:, at.special :], dtype=torch.bool)
+        total = torch.zeros_like(at.size[:, at.special :])
+        if self.alpha:
+            total = total + self.alpha * select.min_max(self.attention(at), every)
+        if at.carried is not None:
+            total = total + self.beta * select.min_max(at.carried[:, at.special :], every)
+        return total
+
+    @staticmethod
+    def attention(at: MergePoint) -> Tensor:
+        """Attention that the patches get, mean over heads: float32 ``[batch, patches]``."""
+        mask = None if at.bias is None else at.bias[:, None, None]
+        if at.special:
+            first = at.query[:, :, :1]
+            rows = torch.ops.vlmopt.attention_rows(first, at.key, mask, None, at.scale)
+        else:
+            weights = torch.full_like(at.size[:, None], 1 / at.size.shape[1])
+            rows = torch.ops.vlmopt.attention_mass(at.query, at.key, weights, mask, False, at.scale)
+        return rows.mean(1)[:, 0, at.special :]
