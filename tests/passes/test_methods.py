@@ -112,6 +112,19 @@ def test_positions_are_renumbered(method: str, family: str) -> None:
     assert (kept.logits - oracle.logits).abs().max() > 1e-4  # it makes a difference
 
 
+@pytest.mark.parametrize("method", ["duet-vlm", "transprune"])
+@pytest.mark.parametrize("renumber", [True, False])
+def test_samples_with_more_images_than_others(method: str, renumber: bool) -> None:
+    """What fills up the shorter samples counts neither as a token nor as a position."""
+    text, plan = CASES[method]
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", batch=3, images=(1, 2, 1))
+    visual = inputs["input_ids"] == zoo.IMAGE
+    oracle = ReducedOracle(model, inputs, visual, plan(model), renumber=renumber)
+    if renumber:
+        text = text.replace("positions=keep", "positions=renumber")
+    check(model, inputs, text, oracle)
+
+
 def check(model: Any, inputs: dict[str, Any], text: str, oracle: ReducedOracle) -> None:
     optimized = vlmopt.optimize(model, inputs, text, backend="eager")
     with torch.no_grad():
@@ -119,13 +132,15 @@ def check(model: Any, inputs: dict[str, Any], text: str, oracle: ReducedOracle) 
     stage = optimized.vlmopt.program["language_model"]
     kept = out.past_key_values.kept
     for cut, choice in zip(stage.cuts, oracle.choices, strict=True):
-        found = kept[f"{cut.kept}_slots"]
-        assert found.tolist() == [torch.nonzero(row)[:, 0].tolist() for row in choice.stays]
+        for found, row in zip(kept[f"{cut.kept}_slots"], choice.stays, strict=True):
+            assert found[found >= 0].tolist() == torch.nonzero(row)[:, 0].tolist()
     last = stage.last_cut
     slots = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
     slots = slots if last is None else kept[f"{last.kept}_slots"]
+    there = slots >= 0  # -1 fills up a shorter sample
+    slots = slots.clamp(min=0)
     wanted = oracle.logits.gather(1, slots[..., None].expand(-1, -1, oracle.logits.shape[-1]))
-    real = inputs["attention_mask"].gather(1, slots).bool()
+    real = inputs["attention_mask"].gather(1, slots).bool() & there
     assert (out.logits - wanted)[real].abs().max() <= 1e-5
     generated = optimized.generate(**inputs, do_sample=False, max_new_tokens=32, eos_token_id=None)
     assert generated.tolist() == oracle.generate(32).tolist()

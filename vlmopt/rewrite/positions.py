@@ -50,21 +50,25 @@ def has_one_axis(stage: Stage) -> bool:
     return all(stage.placeholder(port).meta["val"].ndim <= 2 for port in ports)
 
 
-def renumbered(modality: Tensor, slots: Tensor) -> Tensor:
+def renumbered(modality: Tensor, slots: Tensor, valid: Tensor | None) -> Tensor:
     """Where in the sequence before a cut to find the position that a token gets by renumbering.
 
     Args:
-        modality: int64 ``[batch, tokens]`` before the cut.
+        modality: int64 ``[batch, tokens]`` before the cut; fillers of an earlier one are padding.
         slots: int64 ``[batch, length]`` ascending, the tokens that stay.
+        valid: bool ``[batch, length]``, False for fillers; ``None`` where there are none.
 
     Returns:
         int64 ``[batch, length]``: the first token that is not padding takes the place of the first
         such one before, and so on.
     """
     real = modality != Modality.PADDING
-    first = real.long().argmax(-1, keepdim=True)
-    place = first + real.gather(1, slots).long().cumsum(-1) - 1
-    return torch.where(real.gather(1, slots), place, slots)
+    stays = real.gather(1, slots)
+    if valid is not None:
+        stays = stays & valid
+    before = torch.sort((~real).long(), dim=-1, stable=True).indices
+    place = before.gather(1, (stays.long().cumsum(-1) - 1).clamp(min=0))
+    return torch.where(stays, place, slots)
 
 
 def dropped_before(mask: Tensor, kept: Tensor, prompt: int) -> Tensor:

@@ -118,7 +118,7 @@ def cut_tokens(
         carried = {name: gather(value, hidden_dims[:2], name) for name, value in carry.items()}
         places = slots
         if site.renumber:
-            places = emit.trace(renumbered, modality, slots, names=("places",))
+            places = emit.trace(renumbered, modality, slots, valid, names=("places",))
         kept = slots
         if site.fixed and present:
             original = _original_slots(site)
