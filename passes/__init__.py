@@ -16,6 +16,7 @@ PASSES = {
     "apet": "vlmopt.passes.tokens.apet:ApET",
     "vlm-pruner": "vlmopt.passes.tokens.vlm_pruner:VlmPruner",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
+    "visionzip": "vlmopt.passes.tokens.visionzip:VisionZip",
     "tome": "vlmopt.passes.tokens.tome:ToMe",
     "sad-tm": "vlmopt.passes.tokens.sad_tm:SadTM",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",

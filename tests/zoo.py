@@ -410,7 +410,11 @@ EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES}
 def build(name: str, *, layers: int = 4, seed: int = 0) -> Any:
     """The tiny model of family ``name``: float32, eval mode, random weights from ``seed``."""
     torch.manual_seed(seed)
-    return EVERY_FAMILY[name].build(layers).eval()
+    model = EVERY_FAMILY[name].build(layers).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1 and not weight.any():  # a projector of zeros would hide all images
+            torch.nn.init.normal_(weight, std=0.02)
+    return model
 
 
 def inputs(

@@ -37,6 +37,9 @@ class Role(StrEnum):
     KEPT = "kept"
     """int64 ``[batch, kept tokens]``: for every token still present, its slot in the prompt;
     -1 marks a filler that no one may attend to."""
+    ENCODED = "encoded"
+    """Of the vision encoder: ``[rows, ...]`` as it leaves that stage; brought into the order of the
+    prompt, ``[batch, tokens, ...]``, where the language model takes it."""
     HIDDEN_STATES = "hidden_states"
     LOGITS = "logits"
     OTHER = "other"

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from vlmopt import families
+from vlmopt.encoding import Encoding, describe_encoding, find_encoding
 from vlmopt.errors import CaptureError, VlmoptError
 from vlmopt.graph.canonical import canonical_graph
 from vlmopt.graph.causal import drop_constant_masks
@@ -82,6 +83,16 @@ def modality_of(
     return modality
 
 
+def submodules(model: Any) -> dict[str, nn.Module]:
+    """Modules of a generative model by the name of the stage that they become."""
+    from transformers.exporters.utils import _find_multimodal_submodules
+
+    return {
+        families.STAGE_NAMES.get(name, name): module
+        for name, module in _find_multimodal_submodules(model).items()
+    }
+
+
 def _is_generative(model: nn.Module) -> bool:
     from transformers import GenerationMixin, PreTrainedModel
 
@@ -97,13 +108,17 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
             components = _components(model, inputs)
         stages: dict[str, Stage] = {}
         facts = _prompt_facts(model, inputs)
-        for component, (module, kwargs) in components.items():
-            name = families.STAGE_NAMES.get(component, component)
+        encoding = None if mode else _encoding(model, inputs)
+        for name, (module, kwargs) in components.items():
             if name == "decode":
                 kwargs = _with_full_cache(kwargs, stages.get("language_model"), mode)
             elif name == "lm_head":  # one row is all that generation needs
                 kwargs = {key: value[:, -1:] for key, value in kwargs.items()}
-            stages[name] = _export_stage(name, module, kwargs)
+            stages[name], given = _export_stage(name, module, kwargs)
+            if name == "vision_encoder" and encoding is not None:
+                _keep_read_outputs(stages[name], encoding)
+                facts_of = describe_encoding(stages[name], given, encoding)
+                stages[name].facts["encoding"] = facts_of
             if name in ("language_model", "decode"):
                 stages[name].facts.update(facts)
             if name == "decode":
@@ -130,31 +145,60 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
 
 def _components(model: Any, inputs: dict[str, Any]) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Stages' modules with the keyword inputs they got while the model generated two tokens."""
-    from transformers.exporters.utils import (
-        _capture_forward,
-        _find_multimodal_submodules,
-        decompose_for_generation,
-    )
+    from transformers.exporters.utils import _capture_forward, decompose_for_generation
 
     # generate() may encode images before forward(), where the decomposition does not look
-    parts = _find_multimodal_submodules(model)
     with contextlib.ExitStack() as stack:
         calls = {
             name: (module, stack.enter_context(_capture_forward(module)))
-            for name, module in parts.items()
-            if families.STAGE_NAMES.get(name) in ("vision_encoder", "projector")
+            for name, module in submodules(model).items()
+            if name in ("vision_encoder", "projector")
         }
         try:
-            components = dict(decompose_for_generation(model, inputs))
+            found = dict(decompose_for_generation(model, inputs))
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} could not generate from these inputs: {_cause(error)}",
                 hint="check that model.generate(**inputs, max_new_tokens=2) runs",
             ) from error
+    components = {families.STAGE_NAMES.get(name, name): part for name, part in found.items()}
     for name, (module, seen) in calls.items():
         if seen:
             components[name] = (module, seen[-1])
     return components
+
+
+def _encoding(model: Any, inputs: dict[str, Any]) -> Encoding | None:
+    """Where the patches of the capture batch end up; ``None`` for a model without an encoder."""
+    parts = submodules(model)
+    ids = inputs.get("input_ids")
+    if ids is None or not {"vision_encoder", "language_model"} <= parts.keys():
+        return None
+    visual = families.visual_token_ids(model.config)
+    modality = modality_of(ids, inputs.get("attention_mask"), visual)
+    return find_encoding(
+        model,
+        inputs,
+        parts["vision_encoder"],
+        parts.get("projector"),
+        parts["language_model"],
+        modality == Modality.VISION,
+    )
+
+
+def _keep_read_outputs(stage: Stage, encoding: Encoding) -> None:
+    """Of what the encoder returns, keep what the language model is given."""
+    read = [at for at, port in enumerate(stage.outputs) if port.name in encoding.read]
+    if not read:
+        return
+    output = stage.graph.output_node()
+    values: Any = output.args[0]
+    output.args = (tuple(values[at] for at in read),)
+    stage.outputs = tuple(stage.outputs[at] for at in read)
+    stage.graph.eliminate_dead_code(
+        is_impure_node=lambda node: node.op in ("placeholder", "output")
+    )
+    stage.graph_module.recompile()
 
 
 class _SharedFakeMode(FakeTensorMode):
@@ -257,7 +301,10 @@ def _with_full_cache(
 _GENERATED = 5
 
 
-def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage:
+def _export_stage(
+    name: str, module: nn.Module, kwargs: dict[str, Any]
+) -> tuple[Stage, dict[str, Any]]:
+    """The stage, and the inputs it was traced with: some are computed from those of the module."""
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import (
         DynamoExporter,
@@ -265,6 +312,9 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
     )
 
     constants = {key: value for key, value in kwargs.items() if key in families.OUTPUT_FLAGS}
+    returned = ["use_cache", "return_dict"]
+    if name == "vision_encoder":  # models read one of its inner states
+        returned.append("output_hidden_states")
     kwargs = {
         key: value for key, value in kwargs.items() if value is not None and key not in constants
     }
@@ -272,7 +322,7 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
     config = DynamoConfig(
         dynamic=False, dynamic_shapes=_decode_shapes(kwargs) if name == "decode" else None
     )
-    kwargs |= {key: constants[key] for key in ("use_cache", "return_dict") if key in constants}
+    kwargs |= {key: constants[key] for key in returned if key in constants}
     try:
         exported, _ = DynamoExporter().export_program(module, kwargs, config)  # type: ignore[arg-type]
         graph_module, leaves = canonical_graph(exported)
@@ -285,7 +335,8 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
         ) from error
     stage = _stage(name, graph_module, leaves, exported.call_spec)
     _drop_unread_inputs(stage)
-    return stage
+    assert exported.example_inputs is not None, "the exporter traces with examples"
+    return stage, exported.example_inputs[1]
 
 
 def _drop_unread_inputs(stage: Stage) -> None:

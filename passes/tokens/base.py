@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +24,14 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens import select
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
-from vlmopt.program import Modality, Program, Stage
+from vlmopt.program import Modality, Program
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.positions import has_one_axis
+from vlmopt.rewrite.projector import Projector
 from vlmopt.rewrite.tokens import Choice, CutSite, cut_decode, cut_tokens, emitting, remove_unused
 from vlmopt.rewrite.values import PER_SAMPLE, CutValues
 
-COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present")
+COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present", "project")
 """Names in ``reads`` that are no values of the graph."""
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
@@ -51,6 +53,7 @@ class TokenDrop(Pass):
     - ``ordinal``: number of each visual token among its sample's, int64 ``[batch, tokens]``;
     - ``count``: the most visual tokens that any sample keeps, an int;
     - ``quota``, ``present``: how many each sample keeps, and has, int64 ``[batch, 1]``;
+    - ``project``: the projector as a function of rows, where :meth:`projector` gives one;
     - ``history``: sum of ``layer_score`` over ``scored_layers()``, float32 ``[batch, tokens]``.
 
     A method with ``merges`` also gives ``merge``; one with ``layer_reads`` gives ``layer_score``,
@@ -105,7 +108,8 @@ class TokenDrop(Pass):
         """What the kept tokens become.
 
         Args:
-            tokens: residual stream of the visual tokens, ``[batch, visual tokens, width]``.
+            tokens: residual stream of the visual tokens, ``[batch, visual tokens, width]``; or
+                what enters the projector.
             score: of each, float32 ``[batch, visual tokens]``.
             kept: bool ``[batch, visual tokens]``.
             values: those named in ``reads``.
@@ -122,6 +126,14 @@ class TokenDrop(Pass):
     def read(self, values: CutValues, name: str) -> fx.Node:
         """One of the values named in ``reads``; a method may add names of its own."""
         return values[name]
+
+    def projector(self, program: Program, entry: fx.Node) -> Projector | None:
+        """The projector, where merging happens in front of it: on ``encoded_features``.
+
+        Args:
+            entry: what enters the layer of the cut.
+        """
+        return None
 
     def is_fixed(self) -> bool:
         """Whether the choice is made when the graph is rewritten: it must not depend on values."""
@@ -189,7 +201,7 @@ class TokenDrop(Pass):
         carried: dict[str, fx.Node] = {}
         since = 0
         for layer, keep in self.cuts():
-            carried = self._cut(stage, layer, keep, since, carried, ctx)
+            carried = self._cut(program, layer, keep, since, carried, ctx)
             since = layer
         remove_unused(stage)  # what was carried past the last cut
         made = stage.cuts[before:]
@@ -204,13 +216,14 @@ class TokenDrop(Pass):
 
     def _cut(
         self,
-        stage: Stage,
+        program: Program,
         layer: int,
         keep: float | int,
         since: int,
         carried: dict[str, fx.Node],
         ctx: PassContext,
     ) -> dict[str, fx.Node]:
+        stage = token_stage(program)
         modality = modality_of_tokens(stage)
         layers = find_layers(stage, after=modality.anchor)
         original = stage.facts["visual_tokens"]
@@ -248,13 +261,28 @@ class TokenDrop(Pass):
         names = [name for name in self.reads if name not in COMPUTED]
         if self.merges and "hidden" not in names:
             names.append("hidden")
+        projector = self.projector(program, site.hidden)
+        if projector is not None and "encoded_features" not in names:
+            names.append("encoded_features")
 
         def read(emit: Emitter, modality: fx.Node) -> list[fx.Node]:
-            values = CutValues(stage, layers, layer, modality, site.visual, emit, carried)
+            values = CutValues(
+                program,
+                ctx,
+                stage,
+                layers,
+                layer,
+                modality,
+                site.kept,
+                site.visual,
+                emit,
+                carried,
+            )
             counted = site.modality if self.of == "original" else modality
-            return [counted, *(self.read(values, name) for name in names)]
+            weights = projector.in_stage(stage, emit) if projector is not None else []
+            return [counted, *weights, *(self.read(values, name) for name in names)]
 
-        def choose(modality: Tensor, length: Any, counted: Tensor, *values: Tensor) -> Choice:
+        def choose(modality: Tensor, length: Any, counted: Tensor, *passed: Tensor) -> Choice:
             def quota() -> Tensor:
                 return self._quotas((counted == Modality.VISION).sum(1, keepdim=True), keep)
 
@@ -262,8 +290,13 @@ class TokenDrop(Pass):
                 slots = torch.tensor(site.fixed, device=modality.device)
                 every = slots.expand(modality.shape[0], -1)
                 return modality, every, None, None
+            project = None
+            values = passed
+            if projector is not None:
+                weights, values = passed[: len(projector.weights)], passed[len(projector.weights) :]
+                project = partial(projector, weights=weights)
             given = dict(zip(names, values, strict=True))
-            return self._choose(site, modality, length, quota, given)
+            return self._choose(site, modality, length, quota, given, project)
 
         return cut_tokens(site, choose, read, carried)
 
@@ -274,6 +307,7 @@ class TokenDrop(Pass):
         length: Any,
         quota: Callable[[], Tensor],
         given: dict[str, Any],
+        project: Callable[[Tensor], Tensor] | None = None,
     ) -> Choice:
         visual = modality == Modality.VISION
         hidden = given["hidden"] if self.merges else None
@@ -291,6 +325,7 @@ class TokenDrop(Pass):
             "count": lambda: max(site.quotas),
             "quota": quota,
             "present": lambda: visual.sum(1, keepdim=True),
+            "project": lambda: project,
         }
         values = [given[name] if name in given else computed[name]() for name in self.reads]
         own = self.score(*values).float()
@@ -308,7 +343,11 @@ class TokenDrop(Pass):
         assert valid is not None
         stays = torch.ones_like(slots, dtype=torch.bool) if valid_slots is None else valid_slots
         kept = torch.zeros_like(visual).scatter(1, slots, stays).gather(1, slots_of_visual) & valid
-        merged = self.merge(given["hidden"], own, kept, *values).to(hidden.dtype)
+        if project is None:
+            merged = self.merge(given["hidden"], own, kept, *values).to(hidden.dtype)
+        else:
+            rows = self.merge(given["encoded_features"], own, kept, *values)
+            merged = _project(project, rows, kept, max(site.quotas), given["hidden"])
         merged = torch.where(kept[..., None], merged, given["hidden"])
         index = slots_of_visual[..., None].expand_as(merged)
         return score, slots, valid_slots, select.take(hidden.scatter(1, index, merged), slots)
@@ -386,6 +425,15 @@ class TokenDrop(Pass):
         else:
             wanted = torch.div(count * top, bottom, rounding_mode="floor")
         return torch.minimum(wanted.clamp(min=self.least), count)
+
+
+def _project(
+    project: Callable[[Tensor], Tensor], rows: Tensor, kept: Tensor, count: int, hidden: Tensor
+) -> Tensor:
+    """``hidden`` with the projections of ``rows`` where ``kept``: at most ``count`` per sample."""
+    first = torch.sort((~kept).long(), dim=-1, stable=True).indices[:, :count]
+    projected = project(select.take(rows, first)).to(hidden.dtype)
+    return hidden.scatter(1, first[..., None].expand_as(projected), projected)
 
 
 def _identifier(name: str) -> str:

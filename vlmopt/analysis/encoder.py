@@ -70,14 +70,26 @@ def find_encoder(stage: Stage) -> Encoder:
             hint="capture with images of one size",
         )
     _require_open(stage, layers)
+    special = special_tokens(stage, layers)
+    return Encoder(stage, layers, special, tokens - special, batch)
+
+
+def special_tokens(stage: Stage, layers: Layers) -> int:
+    """Learned tokens in front of the patches of an image, the class token first.
+
+    Raises:
+        PreconditionError: there are some behind the patches.
+    """
+    entry = layers.entries[0]
+    if entry.meta["val"].ndim != 3:  # patches of all images in one row
+        return 0
     runs = _Origins(stage.graph).runs(entry)
-    special = runs[0][1] if runs[0][0] and len(runs) > 1 else 0
     if any(learned for learned, _ in runs[1:]):
         raise PreconditionError(
             f"stage {stage.name} has learned tokens behind its patches, which are read by position",
             node=entry,
         )
-    return Encoder(stage, layers, special, tokens - special, batch)
+    return runs[0][1] if runs[0][0] and len(runs) > 1 else 0
 
 
 def _require_images(stage: Stage) -> None:

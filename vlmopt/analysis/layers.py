@@ -33,6 +33,23 @@ class Layers:
         return len(self.entries)
 
 
+def exit_of(layers: Layers, layer: int) -> fx.Node:
+    """The value that leaves a layer.
+
+    Raises:
+        PreconditionError: there is not just one.
+    """
+    inside = [node for node, index in layers.of.items() if index == layer]
+    leaving = [node for node in inside if any(layers.of.get(user) != layer for user in node.users)]
+    if len(leaving) != 1:
+        names = ", ".join(f"%{node.name}" for node in leaving) or "nothing"
+        raise PreconditionError(
+            f"layer {layer} of {layers.container} is left by {names}, not by one residual stream",
+            node=layers.entries[layer],
+        )
+    return leaving[0]
+
+
 def module_paths(node: fx.Node) -> list[str]:
     """Module paths around a node, outermost first, as the tracer saw them."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -105,9 +122,11 @@ def _entry(stage: Stage, of: dict[fx.Node, int], index: int, previous: int | Non
             if of.get(value) != index and value.op != "get_attr"
         )
     )
-    found = [value for value in outside if _feeds_residual(value, of, index)]
+    streams = [value for value in outside if _feeds_residual(value, of, index)]
     if previous is not None:
-        found = [value for value in found if _depends_on_layer(value, of, previous)]
+        streams = [value for value in streams if _depends_on_layer(value, of, previous)]
+    # [batch, tokens, width], or all rows of a batch behind each other
+    found = [v for v in streams if v.meta["val"].ndim == 3] or streams
     if len(found) != 1:
         names = ", ".join(f"%{value.name}" for value in found) or "nothing"
         raise PreconditionError(
@@ -123,7 +142,7 @@ def _feeds_residual(value: fx.Node, of: dict[fx.Node, int], index: int) -> bool:
     val = value.meta.get("val")
     return (
         isinstance(val, torch.Tensor)
-        and val.ndim == 3
+        and val.ndim in (2, 3)
         and val.is_floating_point()
         and any(
             of.get(user) == index and user.target is torch.ops.aten.add.Tensor

@@ -128,6 +128,10 @@ class Emitter:
             self._finish(node, self.fake_mode.from_tensor(tensor, static_shapes=True))
         return node
 
+    def adopt(self, node: fx.Node, value: Any) -> None:
+        """Record the fake value of a node that was made by hand, and who made it."""
+        self._finish(node, value)
+
     def _unique(self, name: str) -> str:
         return self.graph._graph_namespace.create_name(name, None)
 

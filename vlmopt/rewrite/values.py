@@ -15,8 +15,10 @@ from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
 from vlmopt.errors import PreconditionError
-from vlmopt.program import Modality, Role, Stage, fetch_attr
+from vlmopt.pipeline.passes import PassContext
+from vlmopt.program import Modality, Program, Role, Stage, fetch_attr
 from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.encoded import encoded_input
 from vlmopt.rewrite.positions import carries_positions
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 
@@ -30,13 +32,18 @@ class CutValues:
     Attributes:
         modality: int64 ``[batch, tokens]`` of the tokens present.
         visual: visual tokens present, per sample.
+        program, ctx: what the pass runs on, for values of other stages.
+        kept: slots of the tokens present, ``None`` before the first cut.
         carried: per-token values that the pass has carried along since an earlier layer.
     """
 
+    program: Program
+    ctx: PassContext
     stage: Stage
     layers: Layers
     layer: int
     modality: fx.Node
+    kept: fx.Node | None
     visual: tuple[int, ...]
     emit: Emitter
     carried: Mapping[str, fx.Node] = field(default_factory=dict)
@@ -327,6 +334,24 @@ def _previous_keys(values: CutValues) -> fx.Node:
     return result
 
 
+def encoded(name: str) -> Callable[[CutValues], fx.Node]:
+    """A value of the vision encoder, for the tokens present."""
+
+    def compute(values: CutValues) -> fx.Node:
+        whole = encoded_input(values.program, values.stage, name, values.ctx)
+        if values.kept is None:
+            return whole
+        result: fx.Node = values.emit.trace(_rows_kept, whole, values.kept, names=(name,))
+        return result
+
+    return compute
+
+
+def _rows_kept(whole: Tensor, kept: Tensor) -> Tensor:
+    index = kept.clamp(min=0).view(*kept.shape, *[1] * (whole.ndim - 2))
+    return whole.gather(1, index.expand(*kept.shape, *whole.shape[2:]))
+
+
 def _text_mean(values: CutValues) -> fx.Node:
     def mean(hidden: Tensor, modality: Tensor) -> Tensor:
         text = (modality == Modality.TEXT).float()
@@ -371,6 +396,9 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "instruction_attention_ahead": _ahead("instruction"),
     "instruction_logits_unrotated": _unrotated_logits,
     "text_mean": _text_mean,
+    "encoded_attention": encoded("attention"),
+    "encoded_keys": encoded("keys"),
+    "encoded_features": encoded("features"),
 }
 """By name; tokens along the second dimension, unless said otherwise:
 
@@ -383,6 +411,11 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
 - ``instruction_attention_ahead``: the same, mean over the text after the last visual token;
 - ``instruction_logits_unrotated``: mean query of that text times each key of the layer at whose
   entry the cut is, without rotary positions, scaled, float32 ``[batch, tokens, heads]``;
+- ``encoded_attention``: attention that a token's patches get in the last block of the vision
+  encoder that tokens are made of, from the class token, or without one from all patches; mean over
+  heads and over the patches of a token, float32 ``[batch, tokens]``;
+- ``encoded_keys``: keys of that block, mean over heads and patches, float32;
+- ``encoded_features``: what the projector makes a token of, float32;
 - ``text_mean``: mean of the residual stream over all text, float32 ``[batch, width]``.
 """
 

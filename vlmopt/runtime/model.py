@@ -11,7 +11,7 @@ import copy
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from typing import Any
@@ -21,11 +21,13 @@ from torch import nn
 from transformers import Cache
 
 from vlmopt import families
+from vlmopt.encoding import named_tensors
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
-from vlmopt.tracing import capture, layout_of, modality_of
+from vlmopt.runtime.encoder import EncoderStage, OutputForm, bind, is_rewritten
+from vlmopt.tracing import capture, layout_of, modality_of, submodules
 
 _log = logging.getLogger("vlmopt")
 
@@ -62,7 +64,7 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
     if "model" in program:
         return OptimizedModule(program, report, backend)
     engine = Engine(model, partial(run_pipeline, pipeline=passes), backend)
-    engine.add(_Key.of(program["language_model"]), program, report)
+    engine.add(program, report, inputs)
     return engine.twin
 
 
@@ -99,17 +101,8 @@ class _Key:
     padded: bool
     layout: str = ""
     """where the visual tokens stand, if graphs are made for that too"""
-
-    @classmethod
-    def of(cls, stage: Stage) -> _Key:
-        facts = stage.facts
-        return cls(
-            facts["batch"],
-            facts["tokens"],
-            tuple(facts["visual_tokens"]),
-            any(facts["padding_tokens"]),
-            str(facts["layout"]) if any(cut.slots for cut in stage.cuts) else "",
-        )
+    grids: str = ""
+    """sizes of the images, if graphs are made for those too"""
 
 
 class Specialisation:
@@ -120,6 +113,9 @@ class Specialisation:
         self.report = report
         self.prefill_stage = program["language_model"]
         self.decode_stage = program["decode"]
+        self.encoder: EncoderStage | None = None
+        if "vision_encoder" in program and is_rewritten(program["vision_encoder"]):
+            self.encoder = EncoderStage(program, partial(compile_stage, backend=backend))
         self._prefill = compile_stage(self.prefill_stage, backend)
         self._decode = compile_stage(self.decode_stage, backend)
 
@@ -174,6 +170,23 @@ def _arguments(stage: Stage, values: Mapping[str, Any]) -> list[torch.Tensor]:
     return [values[port.name] for port in stage.inputs]
 
 
+@dataclass
+class _Prompt:
+    """A prompt between the model's forward and its decoder's.
+
+    Attributes:
+        modality: int64 ``[batch, tokens]``.
+        specialisation: the graphs for it, ``None`` when it holds no visual tokens.
+        encoded: what the encoder stage gave.
+        features: what entered the projector.
+    """
+
+    modality: torch.Tensor
+    specialisation: Specialisation | None
+    encoded: dict[str, torch.Tensor] | None = None
+    features: torch.Tensor | None = None
+
+
 class Engine:
     """Specialisations of one model, made when a prompt of a new shape appears.
 
@@ -196,13 +209,28 @@ class Engine:
         self.backend = backend
         self.specialisations: dict[_Key, Specialisation] = {}
         self._fixed = False  # whether graphs are made for one layout of prompts
-        self._running = threading.local()  # the prompt, between the model's forward and decoder's
-        decoder = model.get_decoder()
-        self.twin, inner = _twin(model, decoder)
+        self._sized = False  # whether graphs are made for one size of images
+        self._running = threading.local()
+        parts = submodules(model)
+        self._encoder, projector = parts.get("vision_encoder"), parts.get("projector")
+        self._form: OutputForm | None = None
+        self.twin, copies = _twin(model, [model.get_decoder(), self._encoder, projector])
         self.twin.vlmopt = self
         # generate() reads the signatures
         self.twin.forward = update_wrapper(partial(self._forward), model.forward)
-        inner.forward = update_wrapper(partial(self._decoder_forward), decoder.forward)
+        for original, replaced in (
+            (model.get_decoder(), self._decoder_forward),
+            (self._encoder, self._encoder_forward),
+            (projector, self._projector_forward),
+        ):
+            if original is not None:
+                copies[original].forward = update_wrapper(
+                    partial(replaced, original.forward), original.forward
+                )
+        # encoded beforehand, images would not be there for the prompt that they belong to
+        self.twin._supports_mm_encoder_outputs = lambda: not self._sized and (
+            model._supports_mm_encoder_outputs()
+        )
         self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
         self.twin.train = self._train
 
@@ -218,11 +246,31 @@ class Engine:
         assert report is not None, "made by a pipeline"
         return report
 
-    def add(self, key: _Key, program: Program, report: Report | None) -> Specialisation:
+    def add(
+        self, program: Program, report: Report | None, inputs: Mapping[str, Any]
+    ) -> Specialisation:
+        """Use ``program`` for prompts shaped as those that it was captured with.
+
+        Args:
+            inputs: of the capture.
+        """
         made = Specialisation(program, report, self.backend)
-        self._fixed = bool(key.layout)
-        self.specialisations[key] = made
+        self._fixed = any(cut.slots for cut in made.prefill_stage.cuts)
+        self._sized = made.encoder is not None
+        visual = families.visual_token_ids(self.model.config)
+        modality = modality_of(inputs["input_ids"], inputs.get("attention_mask"), visual)
+        self.specialisations[self._key(modality, inputs)] = made
         return made
+
+    def _key(self, modality: torch.Tensor, inputs: Mapping[str, Any]) -> _Key:
+        return _Key(
+            modality.shape[0],
+            modality.shape[1],
+            tuple(int(n) for n in (modality == Modality.VISION).sum(1)),
+            bool((modality == Modality.PADDING).any()),
+            str(layout_of(modality)) if self._fixed else "",
+            _grids(inputs, modality) if self._sized else "",
+        )
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """``forward`` of the twin: a decoding step, or a prompt through the original's code."""
@@ -240,9 +288,13 @@ class Engine:
             return original(self.twin, *args, **kwargs)
         visual = families.visual_token_ids(self.model.config)
         modality = modality_of(ids, kwargs.get("attention_mask"), visual)
+        specialisation = None
+        past = kwargs.get("past_key_values")
         if bool((modality == Modality.VISION).any()):
             self._require_supported(kwargs)
-        self._running.prompt = (modality, {**kwargs, "input_ids": ids})
+            if past is None or past.get_seq_length() == 0:
+                specialisation = self._specialisation(modality, {**kwargs, "input_ids": ids})
+        self._running.prompt = _Prompt(modality, specialisation)
         try:
             result = original(self.twin, *args, **kwargs)
         finally:
@@ -302,41 +354,77 @@ class Engine:
         logits = cache.made_by.decode(values, cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
-    def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _encoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prompt: _Prompt | None = getattr(self._running, "prompt", None)
+        stage = prompt.specialisation and prompt.specialisation.encoder if prompt else None
+        if prompt is None or stage is None:
+            return original(*args, **kwargs)
+        assert self._encoder is not None
+        if self._form is None:
+            self._form = OutputForm(original(*args, **kwargs))
+        prompt.encoded = stage.encode(self._encoder, bind(self._encoder, args, kwargs))
+        return self._form.fill(prompt.encoded)
+
+    def _projector_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prompt: _Prompt | None = getattr(self._running, "prompt", None)
+        if prompt is not None:
+            given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            prompt.features = given[0] if given else None
+        return original(*args, **kwargs)
+
+    def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         result = self._prefill(kwargs) if not args else None
         if result is None:
-            return self.model.get_decoder().forward(*args, **kwargs)
+            return original(*args, **kwargs)
         hidden, cache = result
         # what every decoder's output has, and the router's of those with experts
         return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
-    def _prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
-        """Run a prompt on the rewritten stage; ``None`` when it holds no visual tokens."""
-        prompt = getattr(self._running, "prompt", None)
-        if prompt is None:
-            return None
-        modality, inputs = prompt
-        visual = tuple(int(n) for n in (modality == Modality.VISION).sum(1))
-        past = kwargs.get("past_key_values")
-        if not any(visual) or (past is not None and past.get_seq_length() > 0):
-            return None
-        padded = bool((modality == Modality.PADDING).any())
-        layout = str(layout_of(modality)) if self._fixed else ""
-        key = _Key(modality.shape[0], modality.shape[1], visual, padded, layout)
+    def _specialisation(self, modality: torch.Tensor, inputs: dict[str, Any]) -> Specialisation:
+        key = self._key(modality, inputs)
         specialisation = self.specialisations.get(key)
         if specialisation is None:
             _log.info("capturing prompts of shape %s", key)
-            program = self.capture(_generate_inputs(inputs))
-            specialisation = self.add(key, program, self.rewrite(program))
-        values = dict(_leaves(kwargs)) | {"modality": modality}
+            given = _generate_inputs(inputs)
+            program = self.capture(given)
+            specialisation = self.add(program, self.rewrite(program), given)
+        return specialisation
+
+    def _prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
+        """Run a prompt on the rewritten stage; ``None`` when it holds no visual tokens."""
+        prompt: _Prompt | None = getattr(self._running, "prompt", None)
+        if prompt is None or prompt.specialisation is None:
+            return None
+        modality, specialisation = prompt.modality, prompt.specialisation
+        values: dict[str, Any] = dict(named_tensors(kwargs)) | {"modality": modality}
+        if specialisation.encoder is not None:
+            if prompt.encoded is None:
+                raise PreconditionError(
+                    "the vision encoder did not run before the language model",
+                    hint="give pixel values, not embeddings",
+                )
+            values |= specialisation.encoder.tokens(prompt.encoded, prompt.features, modality)
         if "attention_mask" not in values:
             values["attention_mask"] = (modality != Modality.PADDING).long()
         values["position_ids"] = _positions(
             specialisation.prefill_stage, values.get("position_ids"), modality
         )
         return specialisation.prefill(values)
+
+
+def _grids(inputs: Mapping[str, Any], modality: torch.Tensor) -> str:
+    """Sizes of images and grids among the inputs of a model."""
+    small = {
+        name: value.tolist()
+        for name, value in sorted(inputs.items())
+        if isinstance(value, torch.Tensor)
+        and not value.is_floating_point()
+        and value.shape[:2] != modality.shape
+        and value.ndim <= 3
+    }
+    return str(small)
 
 
 def _refuse_to_move(*args: Any, **kwargs: Any) -> Any:
@@ -378,27 +466,20 @@ def _generate_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors among keyword arguments, named as the tracer names its inputs."""
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, torch.Tensor):
-            yield name, value
-        elif isinstance(value, Mapping):
-            yield from _leaves(value, f"{name}_")
-        elif isinstance(value, (list, tuple)):
-            yield from _leaves({str(i): item for i, item in enumerate(value)}, f"{name}_")
-
-
-def _twin(model: Any, inner: nn.Module) -> tuple[Any, Any]:
-    """Shallow copies of ``model`` and, in its place within it, of ``inner``.
+def _twin(model: Any, inner: list[nn.Module | None]) -> tuple[Any, dict[nn.Module, nn.Module]]:
+    """Shallow copies of ``model`` and, in their places within it, of ``inner``.
 
     The originals stay as they are; everything else, weights included, is shared.
     """
-    path = next(name for name, module in model.named_modules() if module is inner)
-    twin = module = copy.copy(model)
-    for name in path.split("."):
-        module._modules = dict(module._modules)
-        module._modules[name] = copy.copy(module._modules[name])
-        module = module._modules[name]
-    return twin, module
+    paths = {module: name for name, module in model.named_modules()}
+    copies: dict[nn.Module, Any] = {model: copy.copy(model)}
+    for wanted in inner:
+        if wanted is None:
+            continue
+        module = model
+        for name in paths[wanted].split("."):
+            parent, module = copies[module], module._modules[name]
+            if module not in copies:
+                copies[module] = copy.copy(module)
+                parent._modules = {**parent._modules, name: copies[module]}
+    return copies[model], copies

@@ -1,0 +1,331 @@
+"""From the vision encoder to the prompt: which token each patch becomes.
+
+Between both lies code of the model that is no stage: it selects features, projects them, packs
+tiles, inserts line ends. Where it puts a patch is read off gradients, so nothing is known of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from vlmopt.analysis.layers import exit_of, find_layers
+from vlmopt.errors import PreconditionError
+from vlmopt.program import Modality, Stage
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where rows of one value go.
+
+    Attributes:
+        shape: of the value, without its last dimension.
+        tokens: number of the visual token, counted over the whole batch, that each row becomes
+            part of; -1 for rows that none is made of.
+    """
+
+    shape: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    def to_json(self) -> dict[str, list[int]]:
+        """For :attr:`vlmopt.program.Stage.facts`."""
+        return {"shape": [*self.shape], "tokens": [*self.tokens]}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What lies between the vision encoder and the prompt.
+
+    Attributes:
+        read: outputs of the encoder that the language model depends on in any way.
+        outputs: route of each output of the encoder that tokens are made of, by name; ``None`` for
+            one whose rows become part of several tokens.
+        projector: route of the rows that enter the projector, where there is one and each becomes
+            one token of the prompt as it leaves it.
+    """
+
+    read: tuple[str, ...]
+    outputs: dict[str, Route | None]
+    projector: Route | None
+
+
+def find_encoding(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    encoder: nn.Module,
+    projector: nn.Module | None,
+    decoder: nn.Module,
+    vision: Tensor,
+) -> Encoding | None:
+    """Follow the patches of ``inputs`` to the prompt.
+
+    Args:
+        vision: bool ``[batch, tokens]``, the tokens that come from vision.
+
+    Returns:
+        ``None`` where the encoder runs more than once, or not before the decoder.
+    """
+    run = _Run(encoder, projector, decoder)
+    with torch.enable_grad(), run.watching(), contextlib.suppress(_DecoderReachedError):
+        model(**inputs)
+    if run.embeddings is None or len(run.leaves) != 1:
+        return None
+    rows = run.embeddings[vision]
+    (leaves,) = run.leaves
+    read = _depended_on(run.given, leaves)
+    direction = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0))
+    value = rows.float() @ direction.to(rows.device)
+    entry, left = run.projected if run.projected is not None else (None, None)
+    sources = [*leaves.values(), *([entry] if entry is not None else [])]
+    if not value.requires_grad:
+        return Encoding(read, {}, None)
+    routes = _routes(value, sources)
+    outputs = {
+        name: route
+        for (name, _), route in zip(leaves.items(), routes, strict=False)
+        if route is None or any(token >= 0 for token in route.tokens)
+    }
+    whole = None
+    if entry is not None and left is not None:
+        whole = routes[-1]
+        if whole is None or not _is_copied(rows, left, whole):
+            whole = None
+    return Encoding(read, outputs, whole)
+
+
+def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
+    """Facts of the stage that encodes: JSON values.
+
+    Args:
+        given: the inputs of its module in the run that was followed, by name.
+
+    Returns:
+        ``block``: the last block that tokens of the prompt are made of; ``rows``: route of the rows
+        that leave it; ``projector``: route of the rows that enter the projector, or ``None``. Or
+        ``unknown``: why not.
+    """
+    try:
+        block, route = _route_of_block(stage, given, encoding)
+    except PreconditionError as error:
+        return {"unknown": str(error)}
+    projector = encoding.projector
+    return {
+        "block": block,
+        "rows": route.to_json(),
+        "projector": None if projector is None else projector.to_json(),
+    }
+
+
+def _route_of_block(
+    stage: Stage, given: Mapping[str, Any], encoding: Encoding
+) -> tuple[int, Route]:
+    layers = find_layers(stage)
+    found: list[tuple[int, str, Route]] = []
+    for name, route in encoding.outputs.items():
+        above = _above(stage.output_node(name))
+        depth = max((layers.of[node] for node in above if node in layers.of), default=-1)
+        if route is None:
+            raise PreconditionError("each row that leaves the encoder becomes part of many tokens")
+        found.append((depth, name, route))
+    if not found or max(found)[0] < 0:
+        raise PreconditionError("no token of the prompt depends on the blocks of the encoder")
+    block, name, outer = max(found)
+    out = exit_of(layers, block)
+    result = stage.output_node(name)
+    run = _FromNode(stage, out, result)
+    leaf, rows = run.run_from(given)
+    if leaf is rows:
+        return block, outer
+    direction = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0))
+    (inner,) = _routes(rows.flatten(0, -2).float() @ direction.to(rows.device), [leaf])
+    if inner is None:
+        raise PreconditionError("each row that leaves the last block becomes part of many tokens")
+    tokens = tuple(outer.tokens[row] if row >= 0 else -1 for row in inner.tokens)
+    return block, Route(inner.shape, tokens)
+
+
+def _above(node: fx.Node) -> set[fx.Node]:
+    seen, stack = {node}, [node]
+    while stack:
+        fresh = set(stack.pop().all_input_nodes) - seen
+        seen |= fresh
+        stack.extend(fresh)
+    return seen
+
+
+class _FromNode(fx.Interpreter):
+    """Runs a stage with one of its values made a leaf of the gradient."""
+
+    def __init__(self, stage: Stage, start: fx.Node, end: fx.Node) -> None:
+        super().__init__(stage.graph_module)
+        self.stage, self.start, self.end = stage, start, end
+        self.found: dict[fx.Node, Tensor] = {}
+
+    def run_from(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The values of ``start`` and ``end``."""
+        values = dict(named_tensors(given))
+        with torch.enable_grad():
+            self.run(*(values[port.name] for port in self.stage.inputs))
+        return self.found[self.start], self.found[self.end]
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if node is self.start:
+            value = value.detach().requires_grad_()
+        if node in (self.start, self.end):
+            self.found[node] = value
+        return value
+
+
+def mean_by_token(rows: Tensor, tokens: Tensor, modality: Tensor) -> Tensor:
+    """Rows of the encoder in the order of a prompt.
+
+    Args:
+        rows: ``[rows, ...]``.
+        tokens: int64 ``[rows]``, see :class:`Route`.
+        modality: int64 ``[batch, tokens]`` of the prompt.
+
+    Returns:
+        float32 ``[batch, tokens, ...]``: the mean of the rows that a visual token is made of, 0
+        where there are none.
+    """
+    vision = modality == Modality.VISION
+    there = tokens >= 0
+    count = int(vision.sum())
+    total = torch.zeros(count, *rows.shape[1:], device=rows.device)
+    total.index_add_(0, tokens[there], rows[there].float())
+    number = torch.bincount(tokens[there], minlength=count).clamp(min=1)
+    result = torch.zeros(*modality.shape, *rows.shape[1:], device=rows.device)
+    result[vision] = total / number.view(-1, *[1] * (rows.ndim - 1))
+    return result
+
+
+def named_tensors(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors among keyword arguments, named as the tracer names its inputs."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from named_tensors(value, f"{name}_")
+        elif isinstance(value, (list, tuple)):
+            yield from named_tensors({str(i): item for i, item in enumerate(value)}, f"{name}_")
+
+
+class _DecoderReachedError(Exception):
+    """Everything before the decoder has run."""
+
+
+class _Run:
+    """One run up to the decoder, patches made leaves of the gradient."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module | None, decoder: nn.Module) -> None:
+        self.encoder, self.projector, self.decoder = encoder, projector, decoder
+        self.leaves: list[dict[str, Tensor]] = []
+        self.projected: tuple[Tensor, Tensor] | None = None
+        self.embeddings: Tensor | None = None
+        self.given: list[Tensor] = []  # what the decoder gets, as far as it has a gradient
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [
+            self.encoder.register_forward_hook(self._encoded),
+            self.decoder.register_forward_pre_hook(self._decoding, with_kwargs=True),
+        ]
+        if self.projector is not None:
+            hooks.append(self.projector.register_forward_hook(self._projected, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _encoded(self, _: nn.Module, args: Any, output: Any) -> Any:
+        leaves: dict[str, Tensor] = {}
+
+        def leaf(path: Any, value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            fresh = value.detach().requires_grad_()
+            leaves[name_of(path)] = fresh
+            return fresh
+
+        self.leaves.append(leaves)
+        return pytree.tree_map_with_path(leaf, output)
+
+    def _projected(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if given and isinstance(output, Tensor) and given[0].is_floating_point():
+            self.projected = given[0], output
+
+    def _decoding(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        self.embeddings = kwargs.get("inputs_embeds")
+        leaves = pytree.tree_leaves(kwargs)
+        self.given = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
+        raise _DecoderReachedError
+
+
+def name_of(path: Any) -> str:
+    """A place in an output, named as the ports of stages are: ``hidden_states_3``."""
+    parts = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path]
+    return "_".join(map(str, parts)) or "output"
+
+
+def _depended_on(values: list[Tensor], leaves: dict[str, Tensor]) -> tuple[str, ...]:
+    if not values:
+        return ()
+    total = torch.stack([value.float().sum() for value in values]).sum()
+    found = torch.autograd.grad(total, [*leaves.values()], retain_graph=True, allow_unused=True)
+    return tuple(name for name, gradient in zip(leaves, found, strict=True) if gradient is not None)
+
+
+def _routes(value: Tensor, sources: list[Tensor]) -> list[Route | None]:
+    """Route of each source, from ``value`` ``[visual tokens]``.
+
+    The number of the token is read bit by bit: a gradient of the tokens in whose number a bit is
+    set either is the gradient of all, or nothing.
+    """
+    everything = _gradients(value, sources)
+    number = torch.arange(len(value), device=value.device)
+    found = [torch.zeros(g.shape[:-1], dtype=torch.int64, device=g.device) for g in everything]
+    clear = [torch.ones_like(f, dtype=torch.bool) for f in found]
+    for bit in range(max(1, (len(value) - 1).bit_length())):
+        some = _gradients(value * (number >> bit & 1), sources)
+        for at, (part, whole) in enumerate(zip(some, everything, strict=True)):
+            share = (part * whole).sum(-1) / whole.square().sum(-1).clamp(min=1e-30)
+            found[at] += (share > 0.5).long() << bit
+            clear[at] &= (share.abs() < 0.02) | ((share - 1).abs() < 0.02)
+    routes: list[Route | None] = []
+    for tokens, one, whole in zip(found, clear, everything, strict=True):
+        read = whole.abs().amax(-1) > 0
+        if bool((read & ~one).any()):
+            routes.append(None)
+            continue
+        tokens = torch.where(read, tokens, -1)
+        routes.append(Route(tuple(tokens.shape), tuple(tokens.flatten().tolist())))
+    return routes
+
+
+def _gradients(value: Tensor, sources: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(value.sum(), sources, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(source) if gradient is None else gradient.float()
+        for source, gradient in zip(sources, found, strict=True)
+    ]
+
+
+def _is_copied(rows: Tensor, left: Tensor, route: Route) -> bool:
+    """Whether rows that left the projector are tokens as they are, one each."""
+    tokens = torch.tensor(route.tokens, device=rows.device)
+    if left.shape[:-1] != route.shape or len(tokens.unique()) != len(tokens):
+        return False
+    if left.shape[-1] != rows.shape[-1]:
+        return False
+    there = tokens >= 0
+    return bool((rows[tokens[there]] == left.flatten(0, -2)[there].to(rows.dtype)).all())

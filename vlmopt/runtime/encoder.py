@@ -1,0 +1,106 @@
+"""The vision encoder of an optimized model, where passes have rewritten it or read its values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.exporters.utils import precompute_export_inputs
+
+from vlmopt.encoding import mean_by_token, name_of, named_tensors
+from vlmopt.errors import PreconditionError
+from vlmopt.program import Program, Role, Stage
+from vlmopt.rewrite.encoded import FEATURES
+
+Compile = Callable[[Stage], Callable[..., tuple[Tensor, ...]]]
+
+
+class EncoderStage:
+    """The rewritten stage in place of the module's own forward pass.
+
+    Attributes:
+        wants_features: what enters the projector must be handed to :meth:`tokens` too.
+    """
+
+    def __init__(self, program: Program, compile_stage: Compile) -> None:
+        self.stage = program["vision_encoder"]
+        self._run = compile_stage(self.stage)
+        self.wanted = [
+            port.name.removeprefix("encoded_")
+            for port in program["language_model"].find_inputs(Role.ENCODED)
+        ]
+        self.wants_features = FEATURES in self.wanted
+        self._routes = self.stage.facts.get("encoding", {})
+
+    def encode(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Outputs of the stage by name.
+
+        Args:
+            module: the encoder; what its inputs leave to be computed is computed by its own code.
+            given: keyword arguments of its forward.
+
+        Raises:
+            PreconditionError: other shapes than those captured.
+        """
+        inputs = dict(given)
+        with torch.no_grad():
+            precompute_export_inputs(module, inputs)
+        values = dict(named_tensors(inputs))
+        for port in self.stage.inputs:
+            wanted = tuple(self.stage.placeholder(port).meta["val"].shape)
+            found = values.get(port.name)
+            if found is None or tuple(found.shape) != wanted:
+                raise PreconditionError(
+                    f"the vision encoder was captured with {port.name} {list(wanted)}, and is "
+                    f"called with {None if found is None else list(found.shape)}",
+                    hint="prompts with images and videos, or with images encoded one by one, need "
+                    "passes that leave the encoder alone",
+                )
+        results = self._run(*(values[port.name] for port in self.stage.inputs))
+        return {port.name: value for port, value in zip(self.stage.outputs, results, strict=True)}
+
+    def tokens(
+        self, outputs: Mapping[str, Tensor], features: Tensor | None, modality: Tensor
+    ) -> dict[str, Tensor]:
+        """What the language model takes from the encoder, in the order of the prompt."""
+        found = {}
+        for name in self.wanted:
+            route = self._routes["projector" if name == FEATURES else "rows"]
+            rows = features if name == FEATURES else outputs[f"encoded_{name}"]
+            if rows is None:
+                raise PreconditionError(
+                    "the projector did not run before the language model",
+                    hint="give pixel values, not embeddings",
+                )
+            if name == FEATURES:
+                rows = rows.flatten(0, -2)
+            tokens = torch.tensor(route["tokens"], device=rows.device)
+            found[f"encoded_{name}"] = mean_by_token(rows, tokens, modality)
+        return found
+
+
+class OutputForm:
+    """How a module's results are arranged, to be filled with others."""
+
+    def __init__(self, example: Any) -> None:
+        leaves, self._spec = pytree.tree_flatten_with_path(example)
+        self._names = [name_of(path) for path, _ in leaves]
+
+    def fill(self, values: Mapping[str, Tensor]) -> Any:
+        """The module's output; what is not among ``values``, which nobody reads, is ``None``."""
+        return pytree.tree_unflatten([values.get(name) for name in self._names], self._spec)
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def is_rewritten(stage: Stage) -> bool:
+    """Whether a pass has made any of its nodes."""
+    return any("vlmopt" in (node.meta.get("custom") or {}) for node in stage.graph.nodes)
