@@ -17,6 +17,8 @@ PASSES = {
     "vlm-pruner": "vlmopt.passes.tokens.vlm_pruner:VlmPruner",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "visionzip": "vlmopt.passes.tokens.visionzip:VisionZip",
+    "score": "vlmopt.passes.tokens.score:SCoRe",
+    "zoo-prune": "vlmopt.passes.tokens.zoo_prune:ZooPrune",
     "tome": "vlmopt.passes.tokens.tome:ToMe",
     "sad-tm": "vlmopt.passes.tokens.sad_tm:SadTM",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",

@@ -71,8 +71,14 @@ def find_encoding(
     Returns:
         ``None`` where the encoder runs more than once, or not before the decoder.
     """
-    run = _Run(encoder, projector, decoder)
-    with torch.enable_grad(), run.watching(), contextlib.suppress(_DecoderReachedError):
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        return _find_encoding(model, inputs, _Run(encoder, projector, decoder), vision)
+
+
+def _find_encoding(
+    model: nn.Module, inputs: dict[str, Any], run: _Run, vision: Tensor
+) -> Encoding | None:
+    with run.watching(), contextlib.suppress(_DecoderReachedError):
         model(**inputs)
     if run.embeddings is None or len(run.leaves) != 1:
         return None
@@ -111,7 +117,8 @@ def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding
         ``unknown``: why not.
     """
     try:
-        block, route = _route_of_block(stage, given, encoding)
+        with torch.inference_mode(False), torch.enable_grad():
+            block, route = _route_of_block(stage, given, encoding)
     except PreconditionError as error:
         return {"unknown": str(error)}
     projector = encoding.projector
@@ -170,8 +177,7 @@ class _FromNode(fx.Interpreter):
     def run_from(self, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The values of ``start`` and ``end``."""
         values = dict(named_tensors(given))
-        with torch.enable_grad():
-            self.run(*(values[port.name] for port in self.stage.inputs))
+        self.run(*(values[port.name] for port in self.stage.inputs))
         return self.found[self.start], self.found[self.end]
 
     def run_node(self, node: fx.Node) -> Any:

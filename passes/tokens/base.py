@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +30,7 @@ from vlmopt.rewrite.projector import Projector
 from vlmopt.rewrite.tokens import Choice, CutSite, cut_decode, cut_tokens, emitting, remove_unused
 from vlmopt.rewrite.values import PER_SAMPLE, CutValues
 
-COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present", "project")
+COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present", "derivatives")
 """Names in ``reads`` that are no values of the graph."""
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
@@ -53,7 +52,8 @@ class TokenDrop(Pass):
     - ``ordinal``: number of each visual token among its sample's, int64 ``[batch, tokens]``;
     - ``count``: the most visual tokens that any sample keeps, an int;
     - ``quota``, ``present``: how many each sample keeps, and has, int64 ``[batch, 1]``;
-    - ``project``: the projector as a function of rows, where :meth:`projector` gives one;
+    - ``derivatives``: :meth:`~vlmopt.rewrite.projector.Projector.derivatives` of features and
+      directions, where :meth:`projector` gives a projector;
     - ``history``: sum of ``layer_score`` over ``scored_layers()``, float32 ``[batch, tokens]``.
 
     A method with ``merges`` also gives ``merge``; one with ``layer_reads`` gives ``layer_score``,
@@ -294,7 +294,7 @@ class TokenDrop(Pass):
             values = passed
             if projector is not None:
                 weights, values = passed[: len(projector.weights)], passed[len(projector.weights) :]
-                project = partial(projector, weights=weights)
+                project = projector.with_weights(weights)
             given = dict(zip(names, values, strict=True))
             return self._choose(site, modality, length, quota, given, project)
 
@@ -307,7 +307,7 @@ class TokenDrop(Pass):
         length: Any,
         quota: Callable[[], Tensor],
         given: dict[str, Any],
-        project: Callable[[Tensor], Tensor] | None = None,
+        project: Projector | None = None,
     ) -> Choice:
         visual = modality == Modality.VISION
         hidden = given["hidden"] if self.merges else None
@@ -325,7 +325,7 @@ class TokenDrop(Pass):
             "count": lambda: max(site.quotas),
             "quota": quota,
             "present": lambda: visual.sum(1, keepdim=True),
-            "project": lambda: project,
+            "derivatives": lambda: project.derivatives,  # type: ignore[union-attr]
         }
         values = [given[name] if name in given else computed[name]() for name in self.reads]
         own = self.score(*values).float()
@@ -427,9 +427,7 @@ class TokenDrop(Pass):
         return torch.minimum(wanted.clamp(min=self.least), count)
 
 
-def _project(
-    project: Callable[[Tensor], Tensor], rows: Tensor, kept: Tensor, count: int, hidden: Tensor
-) -> Tensor:
+def _project(project: Projector, rows: Tensor, kept: Tensor, count: int, hidden: Tensor) -> Tensor:
     """``hidden`` with the projections of ``rows`` where ``kept``: at most ``count`` per sample."""
     first = torch.sort((~kept).long(), dim=-1, stable=True).indices[:, :count]
     projected = project(select.take(rows, first)).to(hidden.dtype)

@@ -1,11 +1,19 @@
-"""Ranking visual tokens by the attention that their patches get in the vision encoder."""
+"""What methods share that rank visual tokens by attention in the vision encoder, and merge some."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.passes.tokens.merge import assigned_merge, nearest
+from vlmopt.pipeline.options import override
+from vlmopt.program import Program
+from vlmopt.rewrite.projector import Projector, projector_before
 
 
 class Groups(NamedTuple):
@@ -20,6 +28,49 @@ class Groups(NamedTuple):
     dominant: Tensor
     anchors: Tensor
     members: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedMerge(TokenDrop):
+    """Base of the methods that keep dominant tokens, and anchors to which others are added.
+
+    Members join the anchor most similar by keys; their mean is added to it. That happens before the
+    projector where it makes one token of each row that enters it, else behind it.
+
+    The official codes hand the class token on as one more visual token; prompts have no place for
+    it, so it is left out.
+    """
+
+    reads = ("encoded_attention", "encoded_keys", "valid", "present")
+    compact = True
+    merges = True
+
+    layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
+
+    @abstractmethod
+    def groups(self, attention: Tensor, valid: Tensor, present: Tensor) -> Groups:
+        """Who stays, who takes in others, who is taken in.
+
+        Args:
+            attention: float32 ``[batch, visual tokens]``.
+            valid: bool ``[batch, visual tokens]``.
+            present: visual tokens of each sample, int64 ``[batch, 1]``.
+        """
+
+    def projector(self, program: Program, entry: fx.Node) -> Projector | None:
+        return projector_before(program, entry)
+
+    def score(self, attention: Tensor, keys: Tensor, valid: Tensor, present: Tensor) -> Tensor:  # type: ignore[override]
+        """2 for dominant tokens, 1 for anchors, else 0; float32 ``[batch, visual tokens]``."""
+        groups = self.groups(attention, valid, present)
+        return 2.0 * groups.dominant + 1.0 * groups.anchors
+
+    def merge(self, tokens: Tensor, score: Tensor, kept: Tensor, *values: Any) -> Tensor:
+        attention, keys, valid, present = values
+        groups = self.groups(attention, valid, present)
+        place = torch.arange(keys.shape[1], device=keys.device)
+        target = torch.where(groups.members, nearest(keys, groups.anchors), place)
+        return assigned_merge(tokens, target, torch.ones_like(attention), "sum")
 
 
 def rank(score: Tensor, valid: Tensor) -> Tensor:
@@ -37,7 +88,7 @@ def spread(number: Tensor, among: Tensor, count: Tensor) -> Tensor:
     Args:
         number: int64 ``[batch, tokens]``, of the tokens ``among``, from 0.
         among: bool ``[batch, tokens]``.
-        count: int64 ``[batch, 1]``.
+        count: int64 ``[batch, 1]``, at most as many as there are.
     """
     step = torch.div(among.sum(-1, keepdim=True), count.clamp(min=1), rounding_mode="floor")
     step = step.clamp(min=1)

@@ -413,8 +413,15 @@ def remove_unused(stage: Stage, but: AbstractSet[fx.Node] = frozenset()) -> None
         is_impure_node=lambda node: node.op in ("placeholder", "output") or node in but
     )
     read = {str(node.target) for node in stage.graph.find_nodes(op="get_attr")}
-    for name in [name for name in stage.graph_module._buffers if name not in read]:
-        delattr(stage.graph_module, name)  # a constant that a pass made
+    module = stage.graph_module
+    held = [
+        *(name for name, _ in module.named_parameters(remove_duplicate=False)),
+        *(name for name, _ in module.named_buffers(remove_duplicate=False)),
+    ]
+    for path in held:
+        if path not in read:
+            parent, _, name = path.rpartition(".")
+            delattr(module.get_submodule(parent), name)
     stage.graph.lint()
     stage.graph_module.recompile()
 

@@ -18,7 +18,7 @@ from vlmopt.errors import PreconditionError
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program, Role, Stage, fetch_attr
 from vlmopt.rewrite.emit import Emitter
-from vlmopt.rewrite.encoded import encoded_input
+from vlmopt.rewrite.encoded import encoded_input, encoding_of
 from vlmopt.rewrite.positions import carries_positions
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 
@@ -347,6 +347,11 @@ def encoded(name: str) -> Callable[[CutValues], fx.Node]:
     return compute
 
 
+def _features_or_hidden(values: CutValues) -> fx.Node:
+    projector = encoding_of(values.program)["projector"]
+    return values["hidden" if projector is None else "encoded_features"]
+
+
 def _rows_kept(whole: Tensor, kept: Tensor) -> Tensor:
     index = kept.clamp(min=0).view(*kept.shape, *[1] * (whole.ndim - 2))
     return whole.gather(1, index.expand(*kept.shape, *whole.shape[2:]))
@@ -399,6 +404,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "encoded_attention": encoded("attention"),
     "encoded_keys": encoded("keys"),
     "encoded_features": encoded("features"),
+    "encoded_features_or_hidden": _features_or_hidden,
 }
 """By name; tokens along the second dimension, unless said otherwise:
 
@@ -416,6 +422,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
   heads and over the patches of a token, float32 ``[batch, tokens]``;
 - ``encoded_keys``: keys of that block, mean over heads and patches, float32;
 - ``encoded_features``: what the projector makes a token of, float32;
+- ``encoded_features_or_hidden``: the same, or ``hidden`` where tokens are made of several rows;
 - ``text_mean``: mean of the residual stream over all text, float32 ``[batch, width]``.
 """
 

@@ -101,6 +101,10 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def is_rewritten(stage: Stage) -> bool:
-    """Whether a pass has made any of its nodes."""
-    return any("vlmopt" in (node.meta.get("custom") or {}) for node in stage.graph.nodes)
+def runs_encoder(program: Program) -> bool:
+    """Whether a pass has rewritten the encoder, or the language model takes values of it."""
+    if "vision_encoder" not in program:
+        return False
+    nodes = program["vision_encoder"].graph.nodes
+    made = any("vlmopt" in (node.meta.get("custom") or {}) for node in nodes)
+    return made or bool(program["language_model"].find_inputs(Role.ENCODED))

@@ -26,7 +26,7 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
-from vlmopt.runtime.encoder import EncoderStage, OutputForm, bind, is_rewritten
+from vlmopt.runtime.encoder import EncoderStage, OutputForm, bind, runs_encoder
 from vlmopt.tracing import capture, layout_of, modality_of, submodules
 
 _log = logging.getLogger("vlmopt")
@@ -114,7 +114,7 @@ class Specialisation:
         self.prefill_stage = program["language_model"]
         self.decode_stage = program["decode"]
         self.encoder: EncoderStage | None = None
-        if "vision_encoder" in program and is_rewritten(program["vision_encoder"]):
+        if runs_encoder(program):
             self.encoder = EncoderStage(program, partial(compile_stage, backend=backend))
         self._prefill = compile_stage(self.prefill_stage, backend)
         self._decode = compile_stage(self.decode_stage, backend)
@@ -228,8 +228,8 @@ class Engine:
                     partial(replaced, original.forward), original.forward
                 )
         # encoded beforehand, images would not be there for the prompt that they belong to
-        self.twin._supports_mm_encoder_outputs = lambda: not self._sized and (
-            model._supports_mm_encoder_outputs()
+        self.twin._supports_mm_encoder_outputs = lambda: (
+            not self._sized and (model._supports_mm_encoder_outputs())
         )
         self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
         self.twin.train = self._train
@@ -421,8 +421,7 @@ def _grids(inputs: Mapping[str, Any], modality: torch.Tensor) -> str:
         for name, value in sorted(inputs.items())
         if isinstance(value, torch.Tensor)
         and not value.is_floating_point()
-        and value.shape[:2] != modality.shape
-        and value.ndim <= 3
+        and value.shape[-1:] != modality.shape[-1:]  # no value for each token
     }
     return str(small)
 
