@@ -12,10 +12,14 @@ from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.alvts import Alvts, selectors
 from vlmopt.passes.tokens.apet import ApET, approximation_error
 from vlmopt.passes.tokens.coin import CoIn
+from vlmopt.passes.tokens.duet_vlm import DuetEncoder
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.prune2drive import Prune2Drive
+from vlmopt.passes.tokens.score import SCoRe
 from vlmopt.passes.tokens.transprune import TransPrune
+from vlmopt.passes.tokens.visionzip import VisionZip
 from vlmopt.passes.tokens.vlm_pruner import VlmPruner
+from vlmopt.passes.tokens.zoo_prune import ZooPrune
 
 
 def every(*shape: int) -> torch.Tensor:
@@ -197,3 +201,88 @@ class TestVlmPruner:
         rows = torch.randn(1, 12, 4)
         with pytest.raises(OptionError, match="12 visual tokens are no grid of 3 by 3"):
             VlmPruner().score(rows, rows, every(1, 12), torch.tensor([[4]]), 4)
+
+
+class TestDuetEncoder:
+    attention = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.3, 0.4]])
+
+    def stage(self, context: float, width: int) -> DuetEncoder:
+        return DuetEncoder(keep=(2, context), width=width)
+
+    def test_pool_anchor_and_member(self) -> None:
+        method, present = self.stage(1 / 6, 2), torch.tensor([[6]])
+        groups = method.groups(self.attention, every(1, 6), present)
+        assert torch.nonzero(groups.dominant[0])[:, 0].tolist() == [1, 3]
+        assert torch.nonzero(groups.anchors[0])[:, 0].tolist() == [5]
+        assert torch.nonzero(groups.members[0])[:, 0].tolist() == [4]
+        rows = torch.eye(6)[None]
+        keys = torch.ones(1, 6, 2)
+        values = (self.attention, keys, every(1, 6), present)
+        merged = method.merge(rows, self.attention, every(1, 6), *values)
+        assert merged[0, 5].tolist() == [0, 0, 0, 0, 1, 1]
+
+    def test_an_anchor_without_members_stays_as_it_is(self) -> None:
+        method, present = self.stage(1 / 6, 1), torch.tensor([[6]])
+        rows, keys = torch.eye(6)[None], torch.ones(1, 6, 2)
+        values = (self.attention, keys, every(1, 6), present)
+        merged = method.merge(rows, self.attention, every(1, 6), *values)
+        assert torch.equal(merged, rows)
+
+    def test_anchors_are_spread_over_the_pool(self) -> None:
+        attention = torch.arange(12.0, 0, -1)[None]
+        method = DuetEncoder(keep=(2, 2), width=4)
+        groups = method.groups(attention, every(1, 12), torch.tensor([[12]]))
+        assert torch.nonzero(groups.anchors[0])[:, 0].tolist() == [2, 6]
+
+
+class TestVisionZip:
+    def test_every_third_of_the_rest_takes_in_others(self) -> None:
+        attention = torch.tensor([[0.0, 9, 0, 0, 8, 0, 0, 0]])
+        method = VisionZip(keep=(0.5,), context=0.5)
+        groups = method.groups(attention, every(1, 8), torch.tensor([[8]]))
+        assert torch.nonzero(groups.dominant[0])[:, 0].tolist() == [1, 4]
+        assert torch.nonzero(groups.anchors[0])[:, 0].tolist() == [0, 5]
+
+
+class TestScore:
+    salience = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    rows = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [-1, 0]]])
+
+    def picks(self, alpha: float, count: int = 2) -> list[int]:
+        score = SCoRe(alpha=alpha).score(self.salience, self.rows, every(1, 4), count)
+        return sorted(score[0].topk(count).indices.tolist())
+
+    def test_salience_against_distance(self) -> None:
+        assert self.picks(0.8) == [0, 2]
+        assert self.picks(0.0) == [0, 3]
+        assert self.picks(1.0) == [0, 2]
+
+    def test_scale_changes_nothing(self) -> None:
+        score = SCoRe().score(10 * self.salience, 3 * self.rows, every(1, 4), 2)
+        assert torch.equal(score, SCoRe().score(self.salience, self.rows, every(1, 4), 2))
+
+    def test_all_are_picked_once(self) -> None:
+        zero = torch.zeros(1, 4)
+        score = SCoRe().score(zero, torch.ones(1, 4, 2), every(1, 4), 4)
+        assert sorted(score[0].tolist()) == [1, 2, 3, 4]
+
+
+class TestZooPrune:
+    def picked(self, sensitivity: list[float], rows: list[list[float]], count: int) -> list[float]:
+        found = ZooPrune(directions=2).score(
+            torch.zeros(1, len(rows), 3),
+            torch.tensor([rows]),
+            every(1, len(rows)),
+            count,
+            lambda features, directions: torch.tensor([sensitivity]),
+        )
+        return found[0].tolist()
+
+    def test_a_copy_of_what_is_picked_is_worth_nothing(self) -> None:
+        rows = [[1.0, 0], [1, 0], [0, 1], [0, -1]]
+        found = self.picked([1.0, 0.9, 0.5, 0.0], rows, 2)
+        assert found == [2, 0, 1, 0]
+
+    def test_equal_sensitivity_leaves_distance(self) -> None:
+        found = self.picked([0.5, 0.5, 0.5], [[1.0, 0], [0.9, 0.1], [-1, 0]], 2)
+        assert found == [2, 0, 1]

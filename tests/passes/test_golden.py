@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
-from vlmopt.passes.tokens.duet_vlm import DuetVlm
+from vlmopt.passes.tokens.duet_vlm import DuetEncoder, DuetVlm
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.prune2drive import Prune2Drive
 from vlmopt.passes.tokens.transprune import TransPrune
@@ -27,17 +27,16 @@ from vlmopt.passes.tokens.vlm_pruner import VlmPruner
 VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
 
 
-def cases(method: str, prefix: str = "") -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Parameters and tensors of each case of a method; those whose name starts with ``prefix``."""
+def cases(method: str, kind: str = "") -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameters and tensors of each case of a method: files ``case3`` or ``case3_kind``."""
     folder = VECTORS / method
     if not folder.is_dir():
         pytest.skip(f"no golden vectors at {folder}")
     found = False
     for path in sorted(folder.glob("*.json")):
-        if prefix and not path.stem.endswith(prefix):
-            continue
-        found = True
-        yield json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+        if path.stem.partition("_")[2] == kind:
+            found = True
+            yield json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     assert found
 
 
@@ -109,7 +108,7 @@ def test_transprune() -> None:
 
 
 def test_duet_second_stage() -> None:
-    for description, tensors in cases("14-duet-vlm", "case0"):
+    for description, tensors in cases("14-duet-vlm"):
         given = description["parameters"]
         first, original, present = (
             given["image_start"],
@@ -130,6 +129,62 @@ def test_duet_second_stage() -> None:
             wanted = tensors[f"{name}.kept_global"].tolist()
             assert kept(score, first, present, count, len(rows)) == wanted
             present = count
+
+
+def duet_encoder(
+    attention: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, given: dict[str, Any], own: int
+) -> tuple[torch.Tensor, Any]:
+    """Rows after the first stage, ``[batch, tokens, width]``, and who is what."""
+    method = DuetEncoder(keep=(own, given["contextual"]), width=given["cluster_width"])
+    valid = torch.ones_like(attention, dtype=torch.bool)
+    present = torch.full((len(attention), 1), attention.shape[1])
+    score = method.score(attention, keys, valid, present)
+    groups = method.groups(attention, valid, present)
+    merged = method.merge(rows, score, score > 0, attention, keys, valid, present)
+    return merged, groups
+
+
+def test_duet_first_stage() -> None:
+    for description, tensors in cases("14-duet-vlm"):
+        given = description["parameters"]
+        # the class token counts among the dominant ones there, and comes first
+        attention = tensors["A.cls_attn"].sum(1)[:, 1:]
+        merged, groups = duet_encoder(
+            attention,
+            tensors["A.metric"][:, 1:],
+            tensors["A.hidden"][:, 1:],
+            given,
+            given["dominant_incl_cls"] - 1,
+        )
+        for sample, wanted in enumerate(tensors["A.out"]):
+            first = torch.nonzero(groups.dominant[sample])[:, 0]
+            anchors = torch.nonzero(groups.anchors[sample])[:, 0]
+            official = tensors["A.dominant_idx"][sample]
+            assert first.tolist() == sorted(int(one) - 1 for one in official if one > 0)
+            by_rank = anchors[attention[sample, anchors].argsort(descending=True)]
+            found = merged[sample, torch.cat([first, by_rank])]
+            torch.testing.assert_close(found, wanted[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_duet_first_stage_of_qwen() -> None:
+    for description, tensors in cases("14-duet-vlm", "qwen"):
+        given = description["parameters"]
+        start, count = given["image_start"], given["patches"]
+        embeds = tensors["inputs_embeds"]
+        merged, groups = duet_encoder(
+            tensors["attn_received"][None],
+            tensors["keys"][None],
+            embeds[None, start : start + count],
+            given,
+            given["dominant"],
+        )
+        stays = torch.nonzero((groups.dominant | groups.anchors)[0])[:, 0]
+        found = torch.cat([embeds[:start], merged[0, stays], embeds[start + count :]])
+        torch.testing.assert_close(found, tensors["out_embeds"], atol=1e-5, rtol=1e-5)
+        rows = torch.cat(
+            [torch.arange(start), start + stays, torch.arange(start + count, len(embeds))]
+        )
+        assert tensors["position_ids"][:, rows].equal(tensors["out_position_ids"])
 
 
 def test_hawk() -> None:
