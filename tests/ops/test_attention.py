@@ -67,7 +67,7 @@ def test_rows_are_those_of_a_softmax(kind: str) -> None:
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (130, 130), (257, 300)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (130, 130), (257, 300), (150, 9)])
 def test_mass_in_blocks_is_that_of_the_matrix(
     queries: int, keys: int, causal: bool, over: str
 ) -> None:

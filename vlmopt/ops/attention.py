@@ -148,11 +148,11 @@ def attention_mass(
         result.zero_()
     weights = weights.float()
     for at, rows in probability_blocks(query, key, mask, causal, scale):
-        end = at + rows.shape[2]
+        end, seen = at + rows.shape[2], rows.shape[3]
         if over == "queries":
-            result += torch.einsum("bgq,bhqt->bhgt", weights[:, :, at:end], rows)
+            result[..., :seen] += torch.einsum("bgq,bhqt->bhgt", weights[..., at:end], rows)
         else:
-            result[..., at:end] = torch.einsum("bgt,bhqt->bhgq", weights, rows)
+            result[..., at:end] = torch.einsum("bgt,bhqt->bhgq", weights[..., :seen], rows)
     return result
 
 
@@ -163,18 +163,24 @@ _ROWS = 128
 def probability_blocks(
     query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Iterator[tuple[int, Tensor]]:
-    """``softmax(query key^T)``, block by block: the first query of each, and its rows."""
+    """``softmax(query key^T)``, block by block: the first query of each, and its rows.
+
+    Rows of a causal block end with the last key that one of them sees.
+    """
     queries, keys = query.shape[2], key.shape[2]
     for at in range(0, queries, _ROWS):
         end = min(at + _ROWS, queries)
-        positions = None
+        positions, part, seen = None, mask, keys
         if causal:
             positions = torch.arange(at, end, device=key.device) + keys - queries
             positions = positions.expand(query.shape[0], -1)
-        part = mask
-        if mask is not None and mask.shape[-2] != 1:
-            part = mask[..., at:end, :]
-        yield at, attention_rows_reference(query[:, :, at:end], key, part, positions, scale)
+            seen = max(0, end + keys - queries)
+        if part is not None and part.shape[-2] != 1:
+            part = part[..., at:end, :]
+        if part is not None and part.shape[-1] != 1:
+            part = part[..., :seen]
+        block = (query[:, :, at:end], key[:, :, :seen], part, positions, scale)
+        yield at, attention_rows_reference(*block)
 
 
 @attention_mass.register_fake

@@ -84,17 +84,18 @@ def attention_mass_backward(
     to_weights = torch.zeros_like(weights, dtype=torch.float32)
     wide = weights.float()
     for at, rows in probability_blocks(query, key, mask, causal, scale):
-        end = at + rows.shape[2]
+        end, seen = at + rows.shape[2], rows.shape[3]
         if over == "queries":
-            to_rows = torch.einsum("bgq,bhgt->bhqt", wide[..., at:end], gradient)
-            to_weights[..., at:end] = torch.einsum("bhgt,bhqt->bgq", gradient, rows)
+            part = gradient[..., :seen]
+            to_rows = torch.einsum("bgq,bhgt->bhqt", wide[..., at:end], part)
+            to_weights[..., at:end] = torch.einsum("bhgt,bhqt->bgq", part, rows)
         else:
             part = gradient[..., at:end]
-            to_rows = torch.einsum("bgt,bhgq->bhqt", wide, part)
-            to_weights += torch.einsum("bhgq,bhqt->bgt", part, rows)
-        block = _through_softmax(query[:, :, at:end], key, rows, to_rows, scale)
+            to_rows = torch.einsum("bgt,bhgq->bhqt", wide[..., :seen], part)
+            to_weights[..., :seen] += torch.einsum("bhgq,bhqt->bgt", part, rows)
+        block = _through_softmax(query[:, :, at:end], key[:, :, :seen], rows, to_rows, scale)
         to_query[:, :, at:end] = block[0]
-        to_key += block[1]
+        to_key[:, :, :seen] += block[1]
     return to_query.to(query.dtype), to_key.to(key.dtype), to_weights.to(weights.dtype)
 
 
