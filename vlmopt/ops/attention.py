@@ -143,6 +143,19 @@ def attention_mass(
 
         with torch.cuda.device_of(query):
             return kernels.attention_mass(query, key, weights, mask, causal, scale, over)
+    return attention_mass_blocks(query, key, weights, mask, causal, scale, over)
+
+
+def attention_mass_blocks(
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    over: str,
+) -> Tensor:
+    """:func:`attention_mass` in operators of torch, a block of rows at a time."""
     result = _empty_mass(query, key, weights, over)
     if over == "queries":
         result.zero_()
@@ -157,7 +170,7 @@ def attention_mass(
 
 
 _ROWS = 128
-"""Queries of a block on the CPU."""
+"""Queries of a block."""
 
 
 def probability_blocks(
