@@ -466,7 +466,7 @@ def attention_rows(
     scale: float | None,
 ) -> Tensor:
     """:func:`vlmopt.ops.attention.attention_rows` by kernels: two passes over what is returned."""
-    query, key = _along_the_head(query), _along_the_head(key)
+    query, key = _fitting(query, key)
     batch, heads, rows, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     groups = heads // key_heads
@@ -476,6 +476,8 @@ def attention_rows(
     tops = query.new_empty(batch * heads * rows * blocks, dtype=torch.float32)
     totals = torch.empty_like(tops)
     mask, mask_strides = _expanded(mask, result.shape)
+    if positions is not None:
+        positions = positions.expand(batch, rows)
     _rows_kernel[(blocks, triton.cdiv(groups * rows, block_rows), batch * key_heads)](
         query,
         key,
@@ -517,11 +519,12 @@ def attention_mass(
     Sums over queries take two passes (each row's largest logit and sum of exponentials, then the
     sums), those over keys one. Beside the result, 8 bytes per row and head are held.
     """
-    query, key = _along_the_head(query), _along_the_head(key)
-    weights = weights.float().contiguous()
+    query, key = _fitting(query, key)
     batch, heads, queries, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     weighings = weights.shape[1]
+    length = queries if over == "queries" else keys
+    weights = weights.float().expand(batch, weighings, length).contiguous()
     block_rows = 16 if queries <= 16 else 64
     block_weighings = min(_GROUPS, triton.next_power_of_2(weighings))
     mask, mask_strides = _expanded(mask, (batch, heads, queries, keys))
@@ -574,9 +577,19 @@ def attention_mass(
     return sums
 
 
-def _along_the_head(rows: Tensor) -> Tensor:
-    """The elements of a head next to each other; other dimensions may lie in any way."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _fitting(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the elements of a head next to each other; other dimensions may lie in any way.
+
+    Raises:
+        ValueError: their shapes do not fit, and kernels would read what is not theirs.
+    """
+    batch, heads, _, size = query.shape
+    if (key.shape[0], key.shape[3]) != (batch, size) or heads % key.shape[1]:
+        raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} do not fit")
+    return (
+        query if query.stride(-1) == 1 else query.contiguous(),
+        key if key.stride(-1) == 1 else key.contiguous(),
+    )
 
 
 def _expanded(

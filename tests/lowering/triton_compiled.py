@@ -35,11 +35,21 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "masked"), [(90, torch.bfloat16, True), (75, torch.float32, False)]
+    ("capability", "dtype", "shape", "masked"),
+    [
+        (90, torch.bfloat16, (4, 2, 300, 300, 40), True),
+        (75, torch.float32, (4, 2, 300, 300, 40), False),
+        (80, torch.float16, (1, 1, 1, 1, 8), True),  # Triton makes constants of sizes of 1
+    ],
 )
 def test_every_kernel_compiles(
-    capability: int, dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+    capability: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    masked: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    heads, key_heads, queries, keys, size = shape
     compiled = []
 
     def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
@@ -52,13 +62,14 @@ def test_every_kernel_compiles(
     monkeypatch.setattr(JITFunction, "__getitem__", launch)
     triton.runtime.driver.set_active(Driver(capability))
     with FakeTensorMode():
-        query = torch.empty(1, 4, 300, 72, dtype=dtype, device="cuda:0")
-        key = torch.empty(1, 2, 300, 72, dtype=dtype, device="cuda:0")
-        mask = torch.empty(1, 1, 1, 300, dtype=torch.bool, device="cuda:0") if masked else None
-        positions = torch.empty(1, 300, dtype=torch.int64, device="cuda:0") if masked else None
-        weights = torch.empty(1, 2, 300, device="cuda:0")
+        query = torch.empty(1, heads, queries, size, dtype=dtype, device="cuda:0")
+        key = torch.empty(1, key_heads, keys, size, dtype=dtype, device="cuda:0")
+        mask = torch.empty(1, 1, 1, keys, dtype=torch.bool, device="cuda:0") if masked else None
+        positions = torch.empty(1, queries, dtype=torch.int64, device="cuda:0") if masked else None
         kernels.attention_rows(query, key, mask, positions, None)
         for over in ("queries", "keys"):
+            length = queries if over == "queries" else keys
+            weights = torch.empty(1, key_heads, length, device="cuda:0")
             kernels.attention_mass(query, key, weights, mask, masked, None, over)
     names = [kernel.metadata.name for kernel in compiled]
     assert names == [
@@ -74,7 +85,7 @@ def test_every_kernel_compiles(
         assert "tf32" not in text  # nothing is rounded before it is multiplied
         assert kernel.metadata.shared <= 64 * 1024
         assert kernel.asm["cubin"]
-    multiply = "wgmma" if dtype == torch.bfloat16 else "fma.rn.f32"
+    multiply = {75: "fma.rn.f32", 80: "mma.sync", 90: "wgmma"}[capability]
     assert all(
         multiply in kernel.asm["ptx"] for kernel in compiled if "_norm" not in kernel.metadata.name
     )

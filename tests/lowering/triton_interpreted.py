@@ -60,10 +60,9 @@ def same(found: torch.Tensor, wanted: torch.Tensor) -> None:
 def test_rows(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
     query, key = tensors(shape, dtype)
     mask = mask_of(kind, shape)
-    positions = torch.randint(-1, shape[1], (2, shape[0]))
-    for given in (None, positions):
-        found = kernels.attention_rows(query, key, mask, given, None)
-        same(found, attention.attention_rows_reference(query, key, mask, given))
+    positions = torch.randint(-1, shape[1], (2, shape[0])) if kind in ("none", "bool") else None
+    found = kernels.attention_rows(query, key, mask, positions, None)
+    same(found, attention.attention_rows_reference(query, key, mask, positions))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +122,26 @@ def test_types_may_differ_and_heads_may_lie_anyhow() -> None:
         kernels.attention_rows(query, key, None, None, None),
         attention.attention_rows_reference(query, key),
     )
+
+
+@pytest.mark.parametrize("change", ["batch", "heads", "size", "weights", "mask"])
+def test_nothing_is_read_beyond_the_end(change: str) -> None:
+    query, key = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 5, 8)
+    weights, mask = torch.zeros(2, 1, 3), torch.zeros(2, 1, 1, 5)
+    if change == "batch":
+        key = key[:1]
+    elif change == "heads":
+        key = torch.zeros(2, 3, 5, 8)
+    elif change == "size":
+        key = key[..., :4]
+    elif change == "weights":
+        weights = weights[..., :2]
+    else:
+        mask = mask[..., :4]
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"do not fit|must match the existing size"
+    ):
+        kernels.attention_mass(query, key, weights, mask, False, None, "queries")
 
 
 def test_the_operators_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
