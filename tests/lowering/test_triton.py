@@ -66,3 +66,32 @@ def test_inductor_calls_the_operators() -> None:
     torch.testing.assert_close(found, wanted)
     assert code.count("torch.ops.vlmopt.attention_rows.default(") == 1
     assert code.count("torch.ops.vlmopt.attention_mass.default(") == 2
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_on_a_gpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 700, 8, 72, device="cuda").to(dtype).transpose(1, 2)
+    key = torch.randn(2, 900, 2, 72, device="cuda").to(dtype).transpose(1, 2)
+    mask = torch.rand(2, 1, 1, 900, device="cuda") < 0.8
+
+    def scores(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
+        found = [attention.attention_rows(query[:, :, -3:], key, mask)]
+        for over, length in (("queries", 700), ("keys", 900)):
+            weights = torch.full((2, 3, length), 1 / length, device="cuda")
+            found.append(attention.attention_mass(query, key, weights, mask, True, None, over))
+        return found
+
+    assert attention.uses_kernels(query)
+    found = scores(query, key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "uses_kernels", lambda query: False)
+        wanted = scores(query.float(), key.float())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    compiled = torch.compile(scores)(query, key)
+    torch._dynamo.reset()
+    for others in (scores(query, key), compiled):
+        assert all(torch.equal(one, other) for one, other in zip(found, others, strict=True))
