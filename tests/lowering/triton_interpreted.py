@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
+from vlmopt.graph.compare import random_inputs
 from vlmopt.lowering.triton import attention as kernels
 from vlmopt.ops import attention
+from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.tracing import capture
 
 # queries, keys, heads, key heads, size: one tile, several, none of them full, a head in two pieces
 SHAPES = [(3, 5, 2, 2, 16), (20, 70, 4, 2, 8), (70, 130, 2, 1, 72), (18, 64, 3, 3, 33)]
@@ -161,3 +165,25 @@ def test_the_operators_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     same(attention.attention_mass(query, key, weights, causal=True), wanted)
     same(attention.attention_rows(query, key), attention.attention_rows_reference(query, key))
     assert calls == ["attention_mass", "attention_rows"]
+
+
+@pytest.mark.parametrize(
+    "passes", ["fastv{layers=2 keep=0.5}", "alvts{layers=1,2 keep=0.5 rank=16}"]
+)
+def test_a_method_keeps_the_same_tokens(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = capture(zoo.build("llava"), zoo.inputs("llava"))
+    run_pipeline(program, passes)
+    stage = program["language_model"]
+    assert any("vlmopt.attention" in str(node.target) for node in stage.graph.nodes)
+    for seed in range(3):
+        inputs = random_inputs(stage, seed)
+        results = []
+        for kernels_used in (False, True):
+            monkeypatch.setattr(attention, "uses_kernels", lambda query, used=kernels_used: used)
+            with torch.no_grad():
+                results.append(stage.graph_module(*inputs))
+        for wanted, found in zip(*results, strict=True):
+            if wanted.is_floating_point():
+                torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4, equal_nan=True)
+            else:  # the slots that stay
+                assert found.tolist() == wanted.tolist()
