@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from vlmopt.bench import prefill, rewriting
+from vlmopt.bench import operators, prefill, rewriting
 from vlmopt.bench.environment import Environment
 from vlmopt.bench.models import Shape, build_llava, llava_7b, parse_shape, prompt
 from vlmopt.bench.steps import Steps
 from vlmopt.bench.timing import Ratio, interleave, is_noisy
 from vlmopt.errors import OptionError, VerifyError
+from vlmopt.ops.attention import attention_rows
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench"
 TINY = Shape(4, 64, heads=1, visual=16, text=8)
@@ -205,6 +206,52 @@ def test_rewriting_is_measured_without_weights() -> None:
     assert line.startswith(f"| 4      | {found.nodes[0]} -> {found.nodes[1]} |")
 
 
+def test_operators_are_measured_and_told() -> None:
+    told: list[str] = []
+    found = operators.measure(operators.Scores(40, 4, 2, 8), rounds=2, progress=told.append)
+    assert [result.name for result in found] == ["last row", "column means", "row means"]
+    for result in found:
+        assert {name: len(times) for name, times in result.seconds.items()} == {
+            "eager": 2,
+            "operator": 2,
+        }
+        assert not result.kernels
+    assert told[0] == "last row of 40 tokens, float32: checking"
+    assert told[-1] == "row means of 40 tokens, float32: round 2 of 2"
+    document = json.loads(json.dumps([result.to_json() for result in found]))
+    assert document[0]["scores"] == {"tokens": 40, "heads": 4, "key_heads": 2, "size": 8}
+
+
+def test_table_of_made_up_operators() -> None:
+    scores = operators.Scores(1024)
+    times = {"eager": [0.4, 0.4], "operator": [0.1, 0.1]}
+    here = operators.Measured("last row", scores, "float32", False, times)
+    assert operators.table([here]).splitlines()[2:] == [
+        "| last row | float32 | 1024   | 8 on 2 x 64 | 32 MiB | 400.0 ms | 100.0 ms "
+        "| 4.00 (4.00-4.00) |"
+    ]
+    there = operators.Measured("last row", scores, "float32", True, {**times, "blocks": [0.2] * 2})
+    head, _, line = operators.table([there]).splitlines()
+    assert "| operator | without Triton | speed-up (90 %)" in head
+    assert "| 100.0 ms | 200.0 ms       | 4.00" in line
+
+
+def test_an_operator_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "attention_rows", lambda *args: 1.01 * attention_rows(*args))
+    with pytest.raises(VerifyError) as caught:
+        operators.measure(operators.Scores(40, 4, 2, 8), rounds=1)
+    assert str(caught.value) == (
+        "parity: last row of 40 tokens, float32: the operator differs from its reference by "
+        "1.0e-02 of the largest value, more than 0.0001"
+    )
+
+
+@pytest.mark.parametrize("numbers", [(0, 4, 2, 8), (8, 4, 3, 8)])
+def test_heads_that_cannot_be_are_refused(numbers: tuple[int, ...]) -> None:
+    with pytest.raises(OptionError, match=r"positive|4 heads cannot share 3 key heads"):
+        operators.Scores(*numbers)
+
+
 def test_environment_names_what_matters() -> None:
     here = Environment.here()
     assert here.text() == f"{here.device}, {_threads()}, torch {torch.__version__}, {here.date}"
@@ -267,3 +314,16 @@ def test_the_tool_prints_and_writes(
 def test_the_tool_tells_of_mistakes(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["prefill", "--shape", "wide"]) == 1
     assert capsys.readouterr().err.startswith("error: 'wide' is no shape of a decoder\n")
+
+
+def test_the_tool_times_operators(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--tokens", "16", "--heads", "2", "--key-heads", "1", "--size", "4"]
+    assert tool.main(["ops", *shape, "--dtype", "bfloat16", "--rounds", "1", "-q"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == [
+        "last row",
+        "column means",
+        "row means",
+    ]
+    assert tool.main(["ops", *shape, "--key-heads", "3", "-q"]) == 1
+    assert capsys.readouterr().err.startswith("error: 2 heads cannot share 3 key heads\n")

@@ -188,13 +188,25 @@ def test_equal_tokens_leave_the_pivots_alone() -> None:
     assert len(set(filled)) == 9
 
 
-def test_operators_keep_their_contracts() -> None:
-    rows = draw(3)
+@pytest.mark.parametrize("training", [False, True])
+def test_operators_keep_their_contracts(training: bool) -> None:
+    """In training too: features ask for gradients that no choice passes on."""
+    rows = draw(3).requires_grad_(training)
+    weight = draw(3)[..., 0].abs().requires_grad_(training)
+    valid = there(rows)
+    places, quota = torch.zeros(rows.shape[1], 2), torch.full((len(rows), 1), 4)
     for operator, arguments in (
-        (torch.ops.vlmopt.farthest_point, (rows, there(rows), None, None, 4, "cosine")),
-        (torch.ops.vlmopt.greedy_log_det, (rows, there(rows), rows[..., 0], 0.5, 1e-6, 4, True)),
-        (torch.ops.vlmopt.facility_location, (rows, there(rows), 4)),
+        (torch.ops.vlmopt.farthest_point, (rows, valid, None, None, 4, "cosine")),
+        (torch.ops.vlmopt.farthest_point, (rows, valid, weight, None, 4, "euclidean")),
+        (torch.ops.vlmopt.greedy_log_det, (rows, valid, weight, 0.5, 1e-6, 4, True)),
+        (torch.ops.vlmopt.facility_location, (rows, valid, 4)),
+        (
+            torch.ops.vlmopt.centrifugal,
+            (rows, rows, places, valid, quota, 4, 2, 2, 1.0, 0.5, 0.1, 2, 1.0, True),
+        ),
     ):
+        picks = operator(*arguments)
+        assert not picks.requires_grad
         torch.library.opcheck(operator.default, arguments)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlmopt.ops import attention, selection
+from vlmopt.ops import attention, attention_gradient, selection  # noqa: F401 - registers gradients
 
 _own = torch.ops.vlmopt
 

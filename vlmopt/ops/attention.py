@@ -1,10 +1,14 @@
-"""Attention scores without the full matrix: a few rows, or sums over columns.
+"""Attention scores without the full matrix: a few rows, or sums over rows or columns.
 
-Everything is computed in float32 whatever the inputs are. They serve selection only: no gradient
-flows through them.
+Everything is computed in float32 whatever the inputs are. On CUDA they run as Triton kernels where
+Triton is installed, elsewhere as blocks of rows in operators of torch.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -56,6 +60,11 @@ def attention_rows(
     Returns:
         float32 ``[batch, heads, rows, keys]``; zeros for a row that sees nothing.
     """
+    if uses_kernels(query):
+        from vlmopt.lowering.triton import attention as kernels
+
+        with torch.cuda.device_of(query):
+            return kernels.attention_rows(query, key, mask, positions, scale)
     return attention_rows_reference(query, key, mask, positions, scale)
 
 
@@ -70,6 +79,9 @@ def _(
     return query.new_empty(*query.shape[:3], key.shape[2], dtype=torch.float32)
 
 
+OVER = ("queries", "keys")
+
+
 def attention_mass_reference(
     query: Tensor,
     key: Tensor,
@@ -77,18 +89,18 @@ def attention_mass_reference(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    over: str = "queries",
 ) -> Tensor:
     """:func:`attention_mass` by the full matrix."""
+    _check_over(over)
     positions = None
     if causal:
         offset = key.shape[2] - query.shape[2]
         positions = torch.arange(offset, key.shape[2], device=key.device)
         positions = positions.expand(query.shape[0], -1)
     rows = attention_rows_reference(query, key, mask, positions, scale)
-    return torch.einsum("bgq,bhqt->bhgt", weights.float(), rows)
-
-
-_ROWS = 128
+    equation = "bgq,bhqt->bhgt" if over == "queries" else "bgt,bhqt->bhgq"
+    return torch.einsum(equation, weights.float(), rows)
 
 
 @torch.library.custom_op("vlmopt::attention_mass", mutates_args=())
@@ -99,37 +111,89 @@ def attention_mass(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    over: str = "queries",
 ) -> Tensor:
-    """Weighted column sums of ``softmax(query key^T)``, a block of rows at a time.
+    """Weighted column or row sums of ``softmax(query key^T)``, never held as a whole.
+
+    Over queries: what each key gets. Over keys: what each query gives to a set of keys.
 
     Args:
         query: ``[batch, heads, queries, size]``.
-        key: ``[batch, key heads, keys, size]``.
-        weights: float32 ``[batch, groups, queries]``.
+        key: ``[batch, key heads, keys, size]``; query head ``h`` uses key head
+            ``h // (heads / key heads)``.
+        weights: float32, of what is summed over: ``[batch, groups, queries]``, or ``[batch,
+            groups, keys]`` with ``over="keys"``. A mean is a sum with weights ``1 / queries``, a
+            subset one with weights 0 and 1.
         mask: bool (True: may attend) or float (added), broadcastable to ``[batch, heads, queries,
             keys]``.
         causal: key ``t`` is seen by query ``q`` if ``t <= q + keys - queries``.
         scale: of the products, ``size ** -0.5`` by default.
+        over: ``queries`` (column sums) or ``keys`` (row sums).
 
     Returns:
-        float32 ``[batch, heads, groups, keys]``.
+        float32 ``[batch, heads, groups, keys]``, or ``[batch, heads, groups, queries]`` with
+        ``over="keys"``. A query that sees nothing adds nothing.
+
+    Raises:
+        ValueError: ``over`` is neither.
+    """
+    _check_over(over)
+    if uses_kernels(query):
+        from vlmopt.lowering.triton import attention as kernels
+
+        with torch.cuda.device_of(query):
+            return kernels.attention_mass(query, key, weights, mask, causal, scale, over)
+    return attention_mass_blocks(query, key, weights, mask, causal, scale, over)
+
+
+def attention_mass_blocks(
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    over: str,
+) -> Tensor:
+    """:func:`attention_mass` in operators of torch, a block of rows at a time."""
+    result = _empty_mass(query, key, weights, over)
+    if over == "queries":
+        result.zero_()
+    weights = weights.float()
+    for at, rows in probability_blocks(query, key, mask, causal, scale):
+        end, seen = at + rows.shape[2], rows.shape[3]
+        if over == "queries":
+            result[..., :seen] += torch.einsum("bgq,bhqt->bhgt", weights[..., at:end], rows)
+        else:
+            result[..., at:end] = torch.einsum("bgt,bhqt->bhgq", weights[..., :seen], rows)
+    return result
+
+
+_ROWS = 128
+"""Queries of a block."""
+
+
+def probability_blocks(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Iterator[tuple[int, Tensor]]:
+    """``softmax(query key^T)``, block by block: the first query of each, and its rows.
+
+    Rows of a causal block end with the last key that one of them sees.
     """
     queries, keys = query.shape[2], key.shape[2]
-    total = query.new_zeros(
-        query.shape[0], query.shape[1], weights.shape[1], keys, dtype=torch.float32
-    )
     for at in range(0, queries, _ROWS):
         end = min(at + _ROWS, queries)
-        positions = None
+        positions, part, seen = None, mask, keys
         if causal:
             positions = torch.arange(at, end, device=key.device) + keys - queries
             positions = positions.expand(query.shape[0], -1)
-        part = mask
-        if mask is not None and mask.shape[-2] != 1:
-            part = mask[..., at:end, :]
-        rows = attention_rows_reference(query[:, :, at:end], key, part, positions, scale)
-        total += torch.einsum("bgq,bhqt->bhgt", weights[:, :, at:end].float(), rows)
-    return total
+            seen = max(0, end + keys - queries)
+        if part is not None and part.shape[-2] != 1:
+            part = part[..., at:end, :]
+        if part is not None and part.shape[-1] != 1:
+            part = part[..., :seen]
+        block = (query[:, :, at:end], key[:, :, :seen], part, positions, scale)
+        yield at, attention_rows_reference(*block)
 
 
 @attention_mass.register_fake
@@ -140,7 +204,37 @@ def _(
     mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    over: str = "queries",
 ) -> Tensor:
+    _check_over(over)
+    return _empty_mass(query, key, weights, over)
+
+
+def _empty_mass(query: Tensor, key: Tensor, weights: Tensor, over: str) -> Tensor:
+    length = key.shape[2] if over == "queries" else query.shape[2]
     return query.new_empty(
-        query.shape[0], query.shape[1], weights.shape[1], key.shape[2], dtype=torch.float32
+        query.shape[0], query.shape[1], weights.shape[1], length, dtype=torch.float32
     )
+
+
+def _check_over(over: str) -> None:
+    if over not in OVER:
+        raise ValueError(f"over is {over!r}, not one of {', '.join(OVER)}")
+
+
+# -- kernels -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def uses_kernels(query: Tensor) -> bool:
+    """Whether the operators run as Triton kernels: on CUDA, where Triton is installed.
+
+    The operators stay opaque to Inductor, which calls them between its own kernels. It would see
+    the kernels through ``torch.library.triton_op``, but then fixes the strides that it traced in
+    the call, and promises only their order: a padded or sliced query would be read wrongly.
+    """
+    return query.device.type == "cuda" and _has_triton()

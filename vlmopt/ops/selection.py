@@ -405,10 +405,10 @@ def centrifugal(
     picks = hidden.new_full((hidden.shape[0], count), -1, dtype=torch.int64)
     for sample in range(hidden.shape[0]):
         there = torch.nonzero(valid[sample])[:, 0]
-        grown = _Growth(
-            hidden[sample, there].float(),
-            keys[sample, there].float(),
-            places[there].float() / diagonal,
+        grown = _Growth(  # hundreds of tiny steps, each read by the next: on the CPU
+            hidden[sample, there].float().cpu(),
+            keys[sample, there].float().cpu(),
+            (places[there].float() / diagonal).cpu(),
             min(int(quota[sample]), len(there)),
             channels,
             spatial,
