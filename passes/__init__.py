@@ -18,6 +18,7 @@ PASSES = {
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "tome": "vlmopt.passes.tokens.tome:ToMe",
     "sad-tm": "vlmopt.passes.tokens.sad_tm:SadTM",
+    "vision-entry": "vlmopt.passes.tokens.vision_entry:VisionEntry",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 import zoo
 from oracles import methods
+from oracles.compared import check
 from oracles.reduced import ReducedOracle
 
 import vlmopt
@@ -110,25 +111,6 @@ def test_positions_are_renumbered(method: str, family: str) -> None:
     check(model, inputs, text.replace("positions=keep", "positions=renumber"), oracle)
     kept = ReducedOracle(model, inputs, visual, plan(model))
     assert (kept.logits - oracle.logits).abs().max() > 1e-4  # it makes a difference
-
-
-def check(model: Any, inputs: dict[str, Any], text: str, oracle: ReducedOracle) -> None:
-    optimized = vlmopt.optimize(model, inputs, text, backend="eager")
-    with torch.no_grad():
-        out = optimized(**inputs)
-    stage = optimized.vlmopt.program["language_model"]
-    kept = out.past_key_values.kept
-    for cut, choice in zip(stage.cuts, oracle.choices, strict=True):
-        found = kept[f"{cut.kept}_slots"]
-        assert found.tolist() == [torch.nonzero(row)[:, 0].tolist() for row in choice.stays]
-    last = stage.last_cut
-    slots = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
-    slots = slots if last is None else kept[f"{last.kept}_slots"]
-    wanted = oracle.logits.gather(1, slots[..., None].expand(-1, -1, oracle.logits.shape[-1]))
-    real = inputs["attention_mask"].gather(1, slots).bool()
-    assert (out.logits - wanted)[real].abs().max() <= 1e-5
-    generated = optimized.generate(**inputs, do_sample=False, max_new_tokens=32, eos_token_id=None)
-    assert generated.tolist() == oracle.generate(32).tolist()
 
 
 @pytest.mark.parametrize("method", sorted(CASES))

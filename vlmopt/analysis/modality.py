@@ -45,13 +45,19 @@ def token_stage(program: Program) -> Stage:
     )
 
 
-def modality_of_tokens(stage: Stage) -> TokenModality:
-    """Modality of the tokens still present in a stage that :func:`token_stage` returned."""
+def modality_of_tokens(stage: Stage, layer: int | None = None) -> TokenModality:
+    """Modality of the tokens still present in a stage that :func:`token_stage` returned.
+
+    Args:
+        layer: present in this layer, bands from which tokens come back aside; ``None``: at the
+            current end of all cuts.
+    """
     anchor_name = stage.facts.get("anchor")
     anchor = _by_name(stage, anchor_name) if anchor_name else None
     source = _source(stage)
     assert source is not None, "token_stage chose a stage without modality"
-    last = stage.last_cut
+    gone = [cut for cut in stage.cuts if cut.until is None]
+    last = next((cut for cut in reversed(gone) if layer is None or cut.layer <= layer), None)
     if last is not None:
         visual = tuple(after for _, after in last.visual)
         return TokenModality(source, visual, stage.output_node(last.kept), anchor)

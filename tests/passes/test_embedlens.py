@@ -1,0 +1,73 @@
+"""Late entry of vision, skipped halves of layers, and classes of tokens, against eager runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from oracles.compared import check
+from oracles.reduced import Choice, Recorded, ReducedOracle
+
+import vlmopt
+from vlmopt.errors import PreconditionError
+from vlmopt.pipeline.manager import run_pipeline
+
+FAMILIES = ("llava", "gemma3", "qwen2_5_vl")
+
+
+def no_vision(until: int | None = None) -> Callable[[Recorded, int], Choice]:
+    return lambda recorded, layer: Choice(layer, ~recorded.visual, until=until)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("entry", [1, 2])
+def test_vision_enters_later(family: str, entry: int) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    visual = inputs["input_ids"] == zoo.IMAGE
+    oracle = ReducedOracle(model, inputs, visual, [(0, no_vision(entry))])
+    check(model, inputs, f"vision-entry{{layer={entry}}}", oracle)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_enters_later_and_leaves_earlier(family: str) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    visual = inputs["input_ids"] == zoo.IMAGE
+    oracle = ReducedOracle(model, inputs, visual, [(0, no_vision(1)), (3, no_vision())])
+    check(model, inputs, "vision-entry{layer=1} | information-horizon{layers=3 keep=0}", oracle)
+
+
+def test_samples_with_different_numbers_of_images() -> None:
+    model = zoo.build("llava")
+    inputs = zoo.inputs("llava", text=(6, 9, 4), images=(1, 2, 1))
+    visual = inputs["input_ids"] == zoo.IMAGE
+    oracle = ReducedOracle(model, inputs, visual, [(0, no_vision(2))])
+    optimized = vlmopt.optimize(model, inputs, "vision-entry{layer=2}", backend="eager")
+    with torch.no_grad():
+        found = optimized(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    assert (found - oracle.logits)[real].abs().max() <= 1e-5
+    generated = optimized.generate(**inputs, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert generated.tolist() == oracle.generate(8).tolist()
+
+
+def test_features_added_between_layers_are_refused() -> None:
+    program = vlmopt.capture(zoo.build("qwen3_vl"), zoo.inputs("qwen3_vl"))
+    with pytest.raises(PreconditionError, match=r"before layer 1 \(DeepStack\)"):
+        run_pipeline(program, "vision-entry{layer=2}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vision-entry{layer=4}", "stage language_model has layers 0 to 3"),
+        ("stride-drop{layers=0 keep=0.5} | vision-entry{layer=2}", "has already cut at layer 0"),
+        ("vision-entry{layer=2} | stride-drop{layers=1 keep=0.5}", "has already cut at layer 0"),
+    ],
+)
+def test_what_cannot_be(text: str, message: str) -> None:
+    program: Any = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+    with pytest.raises(PreconditionError, match=message):
+        run_pipeline(program, text)
