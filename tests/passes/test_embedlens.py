@@ -10,6 +10,7 @@ import torch
 import zoo
 from oracles.compared import check
 from oracles.reduced import Choice, Recorded, ReducedOracle
+from oracles.skipped import SkippedOracle, edit
 
 import vlmopt
 from vlmopt.errors import PreconditionError
@@ -71,3 +72,31 @@ def test_what_cannot_be(text: str, message: str) -> None:
     program: Any = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
     with pytest.raises(PreconditionError, match=message):
         run_pipeline(program, text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("text", "skip", "attention"),
+    [
+        ("sublayer-skip", (1.5,), "zero"),
+        ("sublayer-skip{skip=0,1,1.5,3}", (0, 1, 1.5, 3), "zero"),
+        ("sublayer-skip{skip=0,2 attention=vt}", (0, 2), "vt"),
+        ("sublayer-skip{skip=0,0.5,2 attention=vv}", (0, 0.5, 2), "vv"),
+    ],
+)
+def test_halves_of_layers_are_skipped(
+    family: str, text: str, skip: tuple[float, ...], attention: str
+) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    visual = inputs["input_ids"] == zoo.IMAGE
+    check(model, inputs, text, SkippedOracle(model, inputs, visual, skip, attention))
+
+
+def test_shares_that_become_zero() -> None:
+    """The card's row: 0.2 to each of three visual tokens, 0.4 to text."""
+    shares = torch.tensor([0.2, 0.2, 0.2, 0.4]).expand(1, 1, 4, 4)
+    visual = torch.tensor([[True, True, True, False]])
+    first = edit(shares, visual, "vt", first_layer=True)[0, 0, 3]
+    later = edit(shares, visual, "vt", first_layer=False)[0, 0, 3]
+    torch.testing.assert_close(first, torch.tensor([0.6, 0, 0, 0.4]))
+    torch.testing.assert_close(later, torch.tensor([0, 0, 0, 0.4]))

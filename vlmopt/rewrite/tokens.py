@@ -150,7 +150,7 @@ def cut_tokens(
             with graph.inserting_before(stop.next):
                 inside = _emitter(site.ctx, site.stage, stop, site.match, site.prefix)
                 rows = (site.hidden, slots, valid, stop)
-                whole = inside.trace(_put_back, *rows, names=("restored",))
+                whole = inside.trace(put_back, *rows, names=("restored",))
             for user in users:
                 user.replace_input_with(stop, whole)
     _finish(site, axes, kept, tokens, tokens - dropped, set(carried.values()))
@@ -174,7 +174,7 @@ def emitting(site: CutSite, *after: fx.Node) -> Iterator[tuple[Emitter, fx.Node,
         with graph.inserting_before(anchor):
             modality = site.modality
             if present:
-                modality = emit.trace(_modality_of_kept, modality, *present, names=("modality",))
+                modality = emit.trace(modality_of_kept, modality, *present, names=("modality",))
             yield emit, modality, anchor
     finally:
         graph.erase_node(anchor)
@@ -332,7 +332,7 @@ def _made_from(starts: set[fx.Node], end: fx.Node) -> list[fx.Node]:
 # -- pieces ------------------------------------------------------------------------------------
 
 
-def _put_back(hidden: Tensor, slots: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
+def put_back(hidden: Tensor, slots: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
     """``hidden`` with ``rows`` at ``slots``, fillers apart."""
     index = slots[..., None].expand(*slots.shape, hidden.shape[-1])
     if valid is not None:
@@ -369,7 +369,7 @@ def _mask_decode_fillers(mask: Tensor, kept: Tensor, slots: Tensor) -> Tensor:
     return _mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
 
 
-def _modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
+def modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
     """Modality of the tokens still present; a filler counts as padding."""
     present = modality.gather(1, kept.clamp(min=0))
     return torch.where(kept >= 0, present, Modality.PADDING)

@@ -75,7 +75,7 @@ class CutValues:
 
     def mask_of(self, attention: fx.Node) -> fx.Node | None:
         """The mask that an attention operator takes, where it can be read before the cut."""
-        mask = _attention_mask(attention)
+        mask = attention_mask(attention)
         if mask is None:
             return None
         copies = _copy_up_to(self.emit, [mask], {self.hidden: self.hidden})
@@ -137,7 +137,7 @@ def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     return slots, weights, count
 
 
-def _mask_rows(mask: Tensor, slots: Tensor) -> Tensor:
+def mask_rows(mask: Tensor, slots: Tensor) -> Tensor:
     """The rows ``slots`` of an attention mask ``[batch or 1, heads or 1, queries or 1, keys]``."""
     if mask.shape[2] == 1:
         return mask
@@ -159,7 +159,7 @@ def _mean_attention(
     return (rows.mean(1) * weights[..., None]).sum(1)
 
 
-def _attention_mask(attention: fx.Node) -> Any:
+def attention_mask(attention: fx.Node) -> Any:
     if len(attention.args) > 3:
         return attention.args[3]
     return attention.kwargs.get("attn_mask")
@@ -213,7 +213,7 @@ def _score_rows(
 ) -> fx.Node:
     mask = values.mask_of(attention)
     if mask is not None:
-        mask = values.emit.trace(_mask_rows, mask, slots)
+        mask = values.emit.trace(mask_rows, mask, slots)
     result: fx.Node = values.emit.trace(
         _mean_attention,
         rows,
