@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from oracles import methods
 from oracles.compared import check
 from oracles.reduced import Choice, Recorded, ReducedOracle
 from oracles.skipped import SkippedOracle, edit
@@ -66,6 +67,9 @@ def test_features_added_between_layers_are_refused() -> None:
         ("vision-entry{layer=4}", "stage language_model has layers 0 to 3"),
         ("stride-drop{layers=0 keep=0.5} | vision-entry{layer=2}", "has already cut at layer 0"),
         ("vision-entry{layer=2} | stride-drop{layers=1 keep=0.5}", "has already cut at layer 0"),
+        ("vision-entry{layer=2} | sublayer-skip{skip=1.5}", "has already taken tokens out"),
+        ("sublayer-skip{skip=4}", "stage language_model has layers 0 to 3"),
+        ("sublayer-skip{skip=1.25}", "cannot skip 1.25"),
     ],
 )
 def test_what_cannot_be(text: str, message: str) -> None:
@@ -100,3 +104,53 @@ def test_shares_that_become_zero() -> None:
     later = edit(shares, visual, "vt", first_layer=False)[0, 0, 3]
     torch.testing.assert_close(first, torch.tensor([0.6, 0, 0, 0.4]))
     torch.testing.assert_close(later, torch.tensor([0, 0, 0, 0.4]))
+
+
+def test_only_the_other_rows_are_computed() -> None:
+    inputs = zoo.inputs("llava", batch=2, text=(6, 6))
+    program = vlmopt.capture(zoo.build("llava"), inputs)
+    run_pipeline(program, "sublayer-skip{skip=1,2.5}")
+    graph = program["language_model"].graph
+    linear = torch.ops.aten.linear.default
+    rows = {
+        str(node.args[1]).removeprefix("p_layers_").removesuffix("_weight"): node.meta["val"].shape[
+            1
+        ]
+        for node in graph.find_nodes(op="call_function", target=linear)
+    }
+    tokens = inputs["input_ids"].shape[1]
+    fewer = {name for name, count in rows.items() if count == tokens - 16}
+    assert fewer == {
+        "1_self_attn_q_proj",
+        "1_self_attn_o_proj",
+        "2_mlp_gate_proj",
+        "2_mlp_up_proj",
+        "2_mlp_down_proj",
+    }
+    assert set(rows.values()) == {tokens, tokens - 16}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_cuts_before_and_behind_skipped_halves(family: str) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    visual = inputs["input_ids"] == zoo.IMAGE
+    keep = methods.fastv(lambda original, present: present // 2)
+    plan = [(1, keep), (3, keep)]
+    oracle = SkippedOracle(model, inputs, visual, (0.5, 1, 2.5, 3), plan=plan)
+    text = "fastv{layers=1,3 keep=0.5} | sublayer-skip{skip=0.5,1,2.5,3}"
+    check(model, inputs, text, oracle)
+    check(
+        model,
+        inputs,
+        "sublayer-skip{skip=0.5} | fastv{layers=1,3 keep=0.5} | sublayer-skip{skip=1,2.5,3}",
+        oracle,
+    )
+
+
+def test_skipping_with_different_numbers_of_images() -> None:
+    model = zoo.build("llava")
+    inputs = zoo.inputs("llava", text=(6, 9, 4), images=(1, 2, 1))
+    visual = inputs["input_ids"] == zoo.IMAGE
+    for attention in ("zero", "vv", "vt"):
+        oracle = SkippedOracle(model, inputs, visual, (0, 0.5, 2), attention)
+        check(model, inputs, f"sublayer-skip{{skip=0,0.5,2 attention={attention}}}", oracle)
