@@ -12,7 +12,14 @@ from vlmopt.errors import PreconditionError
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
 from vlmopt.program import Program
-from vlmopt.rewrite.rows import RowRewrite, Rows, of_vision, without_vision
+from vlmopt.rewrite.rows import (
+    RowRewrite,
+    Rows,
+    first_values,
+    of_vision,
+    without_values,
+    without_vision,
+)
 from vlmopt.rewrite.tokens import remove_unused
 
 
@@ -24,9 +31,10 @@ class SublayerSkip(Pass):
     visual token would add there to the residual stream is zero: queries, the output projection and
     the feed-forward network run on the other tokens only, while keys and values of all are there.
 
-    With ``attention=vv`` or ``vt`` attention is not left out, but visual tokens do not read one
-    another, or text does not read them: these probabilities become zero, and the others stay as
-    they are. In layer 0 the first visual token gets what text would have paid to all.
+    In place of leaving attention out, or besides it, visual tokens do not read one another
+    (``attention=vv``), or text does not read them (``vt``): these probabilities become zero, and
+    the others stay as they are. In layer 0 the first visual token gets what text would have paid
+    to all. The official code does ``vt`` as ``zero,vt``.
 
     Reference: "What Do Visual Tokens Really Encode? Uncovering Sparsity and Redundancy in
     Multimodal Large Language Models", arXiv 2603.00510.
@@ -46,8 +54,11 @@ class SublayerSkip(Pass):
         increasing=True,
         min_items=1,
     )
-    attention: str = option(
-        "zero", "how attention is left out: whole, or in part", choices=("zero", "vv", "vt")
+    attention: tuple[str, ...] = option(
+        ("zero",),
+        "zero: visual tokens do not attend; vv, vt: visual tokens, text do not attend to them",
+        choices=("zero", "vv", "vt"),
+        min_items=1,
     )
 
     def requires(self, program: Program) -> None:
@@ -80,32 +91,29 @@ class SublayerSkip(Pass):
             layers = find_layers(stage, after=modality_of_tokens(stage).anchor)
             modality = modality_of_tokens(stage, layer)
             rewrite = RowRewrite(stage, layers, layer, ctx, match, "sublayer_skip")
+
+            def rows(
+                *, vision: bool, by: RowRewrite = rewrite, of: TokenModality = modality
+            ) -> Rows:
+                """Chosen once for all layers with the same tokens."""
+                key = of.kept, vision
+                if key not in known:
+                    choose = of_vision if vision else without_vision
+                    known[key] = by.choose_rows(of, of.visual, choose, others=not vision)
+                return known[key]
+
             parts = sublayers(layers, layer)
             if True in skipped:  # before attention, behind which it stands
-                rewrite.skip_feed_forward(parts, self._rows(rewrite, modality, known, "zero"))
+                rewrite.skip_feed_forward(parts, rows(vision=False))
             if False in skipped:
-                rows = self._rows(rewrite, modality, known, self.attention)
-                if self.attention == "zero":
-                    rewrite.skip_attention(parts, rows)
-                else:
-                    to_first = self.attention == "vt" and layer == 0
-                    rewrite.divert_attention(rows, to_first=to_first)
+                lost = first_values if layer == 0 else without_values
+                if "vv" in self.attention and "zero" not in self.attention:
+                    rewrite.divert_attention(rows(vision=True), without_values)
+                if "vt" in self.attention and "zero" not in self.attention:
+                    rewrite.divert_attention(rows(vision=False), lost)
+                if "zero" in self.attention:
+                    values = lost if "vt" in self.attention else None
+                    rewrite.skip_attention(parts, rows(vision=False), values=values)
             computed += len(skipped) * sum(modality.visual)
         remove_unused(stage)
         return PassResult(True, len(halves), {"rows_skipped": computed})
-
-    def _rows(
-        self,
-        rewrite: RowRewrite,
-        modality: TokenModality,
-        known: dict[object, Rows],
-        attention: str,
-    ) -> Rows:
-        """The tokens that are computed: once for all layers with the same tokens."""
-        key = modality.kept, attention == "vv"
-        if key not in known:
-            choose = of_vision if attention == "vv" else without_vision
-            known[key] = rewrite.choose_rows(
-                modality, modality.visual, choose, others=attention != "vv"
-            )
-        return known[key]

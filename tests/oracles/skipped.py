@@ -17,7 +17,7 @@ class SkippedOracle(ReducedOracle):
 
     Args:
         skip: n for attention of layer n, n + 0.5 for its feed-forward network.
-        attention: ``zero``, or which probabilities become zero: ``vv``, ``vt``.
+        attention: ``zero`` and which probabilities become zero: ``vv``, ``vt``.
         rows: bool ``[batch, prompt]``, the tokens that skip; the visual ones otherwise.
     """
 
@@ -27,7 +27,7 @@ class SkippedOracle(ReducedOracle):
         inputs: dict[str, Any],
         visual: torch.Tensor,
         skip: tuple[float, ...],
-        attention: str = "zero",
+        attention: tuple[str, ...] = ("zero",),
         *,
         rows: Callable[[Recorded], torch.Tensor] | None = None,
         plan: list[tuple[int, Callable[[Recorded, int], Choice]]] | None = None,
@@ -55,13 +55,13 @@ class SkippedOracle(ReducedOracle):
             module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kw: Any
         ) -> Any:
             layer = inside.get(module)
-            if query.shape[2] > 1 and layer in self.skip and self.attention != "zero":
+            if query.shape[2] > 1 and layer in self.skip:
                 return self._edited(layer, query, key, value, attention_mask, kw), None
             return original(module, query, key, value, attention_mask=attention_mask, **kw)
 
         hooks = []
         for index, layer in enumerate(decoder.layers):
-            if index in self.skip and self.attention == "zero":
+            if index in self.skip and "zero" in self.attention:
                 hooks.append(layer.self_attn.register_forward_hook(zero, with_kwargs=True))
             if index + 0.5 in self.skip:
                 hooks.append(layer.mlp.register_forward_hook(zero, with_kwargs=True))
@@ -83,8 +83,9 @@ class SkippedOracle(ReducedOracle):
             mask = torch.ones(logits.shape[-2:]).tril().bool()
         hidden = ~mask if mask.dtype == torch.bool else mask < -1e30
         shares = logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
-        edited = edit(shares, self.visual & self.present, self.attention, first_layer=layer == 0)
-        return (edited @ value).transpose(1, 2)
+        for which in set(self.attention) - {"zero"}:
+            shares = edit(shares, self.visual & self.present, which, first_layer=layer == 0)
+        return (shares @ value).transpose(1, 2)
 
 
 def edit(

@@ -23,6 +23,8 @@ from vlmopt.rewrite.values import CutValues, attention_mask, compute_rows, is_ca
 
 aten = torch.ops.aten
 
+Values = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -112,8 +114,12 @@ class RowRewrite:
             shorter = gather_tokens(emit, start, dims, lambda _: rows.slots, name="ffn_rows")
         self._shorten(emit, axes, start, shorter, rows, end)
 
-    def skip_attention(self, parts: Sublayers, rows: Rows) -> None:
-        """Let only ``rows`` attend; all tokens stay as keys and values."""
+    def skip_attention(self, parts: Sublayers, rows: Rows, *, values: Values | None = None) -> None:
+        """Let only ``rows`` attend; all tokens stay as keys and values.
+
+        Args:
+            values: what the values are replaced by, see :func:`without_values`.
+        """
         attention = attention_of(self.layers, self.layer)
         heads, size = attention.meta["val"].shape[1], attention.meta["val"].shape[3]
         entry = self.layers.entries[self.layer]
@@ -121,39 +127,29 @@ class RowRewrite:
         axes = self._follow(attention, dims, entry, parts.attention_out)
         emit = self.emitter(attention)
         with self.stage.graph.inserting_before(attention):
-            shorter = self._attend(emit, attention, rows, attention.args[2])
+            shorter = self._attend(emit, attention, rows, values)
         self._shorten(emit, axes, attention, shorter, rows, parts.attention_out)
 
-    def divert_attention(self, rows: Rows, *, to_first: bool) -> None:
-        """Keep ``rows`` from reading visual tokens, whose share of attention is lost.
-
-        Args:
-            to_first: what visual tokens were to get goes to the first of them.
-        """
+    def divert_attention(self, rows: Rows, values: Values) -> None:
+        """Let ``rows`` read other values than the other tokens do."""
         attention = attention_of(self.layers, self.layer)
         emit = self.emitter(attention)
         users = list(attention.users)
-        value: Any = attention.args[2]
-
-        def divert(value: Tensor, modality: Tensor) -> Tensor:
-            visual = (modality == Modality.VISION)[:, None, :, None]
-            first = visual.long().argmax(2, keepdim=True).expand(*value.shape[:2], 1, -1)
-            sink = value.gather(2, first.expand(-1, -1, -1, value.shape[-1]))
-            return torch.where(visual, sink if to_first else torch.zeros_like(sink), value)
-
         with self.stage.graph.inserting_before(attention.next):
-            diverted = emit.trace(divert, value, rows.modality, names=("diverted",))
-            some = self._attend(emit, attention, rows, diverted)
+            some = self._attend(emit, attention, rows, values)
             whole = emit.trace(_put_heads_back, attention, rows.slots, rows.valid, some)
         for user in users:
             user.replace_input_with(attention, whole)
 
-    def _attend(self, emit: Emitter, attention: fx.Node, rows: Rows, value: Any) -> fx.Node:
+    def _attend(
+        self, emit: Emitter, attention: fx.Node, rows: Rows, values: Values | None
+    ) -> fx.Node:
         """The attention operator for ``rows``, inserted where ``emit`` inserts."""
-        modality = TokenModality(rows.modality, ())
-        values = CutValues(self.stage, self.layers, self.layer, modality.source, (), emit)
-        query, key = attention.args[:2]
-        (own,) = compute_rows(values, [query], slots=rows.slots, length=rows.count)
+        here = CutValues(self.stage, self.layers, self.layer, rows.modality, (), emit)
+        query, key, value = attention.args[:3]
+        (own,) = compute_rows(here, [query], slots=rows.slots, length=rows.count)
+        if values is not None:
+            value = emit.trace(values, value, rows.modality, names=("values",))
         mask = attention_mask(attention)
         if mask is not None:
             mask = emit.trace(mask_rows, mask, rows.slots, names=("mask",))
@@ -205,6 +201,23 @@ class RowRewrite:
 
 
 _KEPT = ("scale", "enable_gqa")
+
+
+def without_values(value: Tensor, modality: Tensor) -> Tensor:
+    """Nothing is read from visual tokens: what attention pays to them is lost.
+
+    Args:
+        value: ``[batch, heads, tokens, size]``.
+        modality: int64 ``[batch, tokens]``.
+    """
+    return value.masked_fill((modality == Modality.VISION)[:, None, :, None], 0)
+
+
+def first_values(value: Tensor, modality: Tensor) -> Tensor:
+    """All visual tokens read as the first of them: it gets what attention pays to any."""
+    visual = (modality == Modality.VISION)[:, None, :, None]
+    first = visual.long().argmax(2, keepdim=True).expand(*value.shape[:2], 1, value.shape[-1])
+    return torch.where(visual, value.gather(2, first), value)
 
 
 def without_vision(modality: Tensor, count: Any) -> tuple[Tensor, Tensor]:
