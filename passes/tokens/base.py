@@ -189,7 +189,7 @@ class TokenDrop(Pass):
         carried: dict[str, fx.Node] = {}
         since = 0
         for layer, keep in self.cuts():
-            carried = self._cut(stage, layer, keep, since, carried, ctx)
+            carried = self._cut(program, stage, layer, keep, since, carried, ctx)
             since = layer
         remove_unused(stage)  # what was carried past the last cut
         made = stage.cuts[before:]
@@ -204,6 +204,7 @@ class TokenDrop(Pass):
 
     def _cut(
         self,
+        program: Program,
         stage: Stage,
         layer: int,
         keep: float | int,
@@ -250,7 +251,7 @@ class TokenDrop(Pass):
             names.append("hidden")
 
         def read(emit: Emitter, modality: fx.Node) -> list[fx.Node]:
-            values = CutValues(stage, layers, layer, modality, site.visual, emit, carried)
+            values = CutValues(stage, layers, layer, modality, site.visual, emit, carried, program)
             counted = site.modality if self.of == "original" else modality
             return [counted, *(self.read(values, name) for name in names)]
 

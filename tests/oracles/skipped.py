@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from oracles.reduced import Choice, Recorded, ReducedOracle
 
 
-class SkippedOracle(ReducedOracle):
+class SkippedOracle(ReducedOracle):  # type: ignore[misc]
     """Runs ``model`` with what some tokens add in some halves of layers taken away, in prompts.
 
     Args:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,127 @@ from oracles.reduced import Choice, Recorded, ReducedOracle
 from oracles.skipped import SkippedOracle, edit
 
 import vlmopt
-from vlmopt.errors import PreconditionError
+from vlmopt.calibration import calibrate
+from vlmopt.errors import ArtifactError, OptionError, PreconditionError
+from vlmopt.passes.tokens import classes, select
+from vlmopt.passes.tokens.embedlens import EmbedLens
 from vlmopt.pipeline.manager import run_pipeline
 
 FAMILIES = ("llava", "gemma3", "qwen2_5_vl")
+
+
+ANCHORS = (11, 23, 42)
+
+
+def half(original: int, present: int) -> int:
+    return present // 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_are_dropped_by_the_exact_test(family: str) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    visual = inputs["input_ids"] == zoo.IMAGE
+    table = model.get_input_embeddings().weight.detach()
+    oracle = ReducedOracle(model, inputs, visual, [(0, methods.embedlens(half, table, ANCHORS))])
+    check(model, inputs, "embedlens{anchors=11,23,42 keep=0.5}", oracle)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_are_dropped_by_a_calibration(family: str, tmp_path: Path) -> None:
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    path = tmp_path / "embedlens.json"
+    found = calibrate(model, [inputs], EmbedLens(anchors=ANCHORS), path)
+    assert found["anchors"] == list(ANCHORS)
+    table = model.get_input_embeddings().weight.detach()
+    hidden: dict[str, Any] = {}
+    with torch.no_grad():
+        hook = model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: hidden.update(kwargs), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+    visual = inputs["input_ids"] == zoo.IMAGE
+    exact = classes.in_group(hidden["inputs_embeds"][visual], table, ANCHORS, 3)
+    assert found["group"] == pytest.approx(float(exact.float().mean()), abs=1e-6)
+    assert found["agreement"] >= max(found["group"], 1 - found["group"])
+    choose = methods.near_anchors(half, table[list(ANCHORS)], found["thresholds"])
+    oracle = ReducedOracle(model, inputs, visual, [(0, choose)])
+    check(model, inputs, f"embedlens{{artifact={path} keep=0.5}}", oracle)
+
+
+def synthetic(samples: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A table, and tokens: 6 near id 5, 4 near id 9, 10 of their own in each sample."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(40, 32, generator=generator)
+    tokens = []
+    for sample in range(samples):
+        noise = torch.randn(20, 32, generator=generator)
+        centre = torch.zeros(20, 32)
+        centre[:6], centre[6:10] = 9 * table[5], 7 * table[9]
+        centre[10:] = 2 * table[10 + (torch.arange(10) + 10 * sample) % 30]
+        tokens.append(centre + noise)
+    return table, tokens
+
+
+def test_anchors_are_found() -> None:
+    table, tokens = synthetic(4)
+    rows = [classes.measure(sample, table, (), 1) for sample in tokens]
+    found = classes.summarise(rows, table, (), 0.9)
+    assert found["anchors"] == [5, 9]
+    assert found["shares"] == [0.3, 0.2]
+    assert (found["group"], found["agreement"]) == (0.5, 1.0)
+    vectors, thresholds = (torch.tensor(found[name]) for name in ("vectors", "thresholds"))
+    fast = classes.threshold_margin(tokens[0], vectors, thresholds) >= 0
+    assert fast.tolist() == [True] * 10 + [False] * 10
+    with pytest.raises(ArtifactError, match="no classes of nearly equal tokens"):
+        classes.summarise([classes.measure(tokens[0][10:], table, (), 1)], table, (), 0.9)
+
+
+def test_third_nearest_counts() -> None:
+    """The card's token (0.9, 0.3, 0.1, 0.05) against four unit vectors: near ids 0, 1 and 2."""
+    token = torch.tensor([0.9, 0.3, 0.1, 0.05])
+    wanted = {0: True, 1: True, 2: True, 3: False}
+    for anchor, inside in wanted.items():
+        assert bool(classes.in_group(token, torch.eye(4), (anchor,), 3)) is inside
+        margin = classes.class_margin(token, torch.eye(4), anchors=(anchor,), top_k=3)
+        assert bool(margin >= 0) is inside
+    assert not classes.in_group(token, torch.eye(4), (2,), 1)
+
+
+def test_places_keep_their_gap() -> None:
+    """The card's span 2..5 without its second token."""
+    score = EmbedLens().score(torch.tensor([[0.0, 0, -0.3, 0.1, -0.2, -0.1, 0]]), torch.zeros(1, 7))
+    visual = torch.tensor([[False, False, True, True, True, True, False]])
+    assert select.keep_best(score, visual, 6).tolist() == [[0, 1, 2, 4, 5, 6]]
+
+
+def test_controls() -> None:
+    margin, ordinal = torch.tensor([[0.1, -0.1, 0.2, -0.2, -0.3]]), torch.arange(5)[None]
+    others = EmbedLens(drop="others").score(margin, ordinal)
+    assert others.argsort(descending=True)[0, :2].tolist() == [2, 0]
+    blind = [EmbedLens(drop="random", seed=seed).score(margin, ordinal) for seed in range(8)]
+    assert all(set(score.topk(2).indices[0].tolist()) == {0, 2} for score in blind)
+    assert len({int(score.argmin()) for score in blind}) > 1
+
+
+def test_artifacts_belong_to_one_checkpoint(tmp_path: Path) -> None:
+    inputs = zoo.inputs("llava")
+    path = tmp_path / "embedlens.json"
+    calibrate(zoo.build("llava"), [inputs], EmbedLens(anchors=ANCHORS), path)
+    other = vlmopt.capture(zoo.build("llava", seed=1), inputs)
+    with pytest.raises(ArtifactError, match="was made with other embeddings"):
+        run_pipeline(other, f"embedlens{{artifact={path}}}")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"thresholds": [0.5]}))
+    with pytest.raises(ArtifactError, match="parts that do not fit"):
+        run_pipeline(other, f"embedlens{{artifact={path}}}")
+    path.write_text(json.dumps({key: content[key] for key in content if key != "vectors"}))
+    with pytest.raises(ArtifactError, match="lacks parts: 'vectors'"):
+        run_pipeline(other, f"embedlens{{artifact={path}}}")
+    with pytest.raises(OptionError, match="needs an artifact, or anchors, and not both"):
+        run_pipeline(other, "embedlens")
+    with pytest.raises(OptionError, match="there is no id 64"):
+        run_pipeline(other, "embedlens{anchors=64}")
 
 
 def no_vision(until: int | None = None) -> Callable[[Recorded, int], Choice]:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import vlmopt
 from vlmopt.ops.selection import farthest_point
-from vlmopt.passes.tokens import select
+from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
 from vlmopt.passes.tokens.duet_vlm import DuetVlm
+from vlmopt.passes.tokens.embedlens import EmbedLens
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.prune2drive import Prune2Drive
 from vlmopt.passes.tokens.sublayer_skip import SublayerSkip
@@ -261,23 +262,26 @@ class LlamaLayer(torch.nn.Module):
             return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
         def heads(x: torch.Tensor, name: str) -> torch.Tensor:
-            weight = getattr(self, f"self_attn_{name}_proj_weight")
+            weight = self.get_buffer(f"self_attn_{name}_proj_weight")
             return linear(x, weight).view(batch, tokens, self.heads, size).transpose(1, 2)
 
         def turn(x: torch.Tensor) -> torch.Tensor:
             return x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin
 
         linear = torch.nn.functional.linear
-        normed = norm(x, self.input_layernorm_weight)
+        normed = norm(x, self.get_buffer("input_layernorm_weight"))
         query, key, value = (heads(normed, name) for name in "qkv")
         mixed = torch.nn.functional.scaled_dot_product_attention(
             turn(query), turn(key), value, is_causal=True
         )
         mixed = mixed.transpose(1, 2).reshape(batch, tokens, width)
-        x = x + linear(mixed, self.self_attn_o_proj_weight)
-        normed = norm(x, self.post_attention_layernorm_weight)
-        gate = torch.nn.functional.silu(linear(normed, self.mlp_gate_proj_weight))
-        return x + linear(gate * linear(normed, self.mlp_up_proj_weight), self.mlp_down_proj_weight)
+        x = x + linear(mixed, self.get_buffer("self_attn_o_proj_weight"))
+        normed = norm(x, self.get_buffer("post_attention_layernorm_weight"))
+        gate = torch.nn.functional.silu(linear(normed, self.get_buffer("mlp_gate_proj_weight")))
+        return x + linear(
+            gate * linear(normed, self.get_buffer("mlp_up_proj_weight")),
+            self.get_buffer("mlp_down_proj_weight"),
+        )
 
 
 class LlamaLayers(torch.nn.Module):
@@ -311,3 +315,21 @@ def test_embedlens_skips(case: str) -> None:
         run_pipeline(program, [SublayerSkip(skip=skip, attention=attention)])
         out = program["model"].graph_module(x, modality)[0]
         torch.testing.assert_close(out[0], tensors["out"], atol=1e-5, rtol=1e-5)
+
+
+def test_embedlens_classes() -> None:
+    for description, tensors in cases("60-embedlens", "case0"):
+        given = description["parameters"]
+        first, last = given["vision_start"], given["vision_end"]
+        hidden, table = tensors["inputs_embeds"][None], tensors["vocab"]
+        group = classes.in_group(hidden, table, given["target_ids"], given["top_k"])[0, first:last]
+        slots = torch.arange(first, last)
+        assert slots[group].tolist() == tensors["group_idx_abs"].tolist()
+        assert slots[~group].tolist() == tensors["complement_idx_abs"].tolist()
+        margin = classes.class_margin(
+            hidden, table, anchors=given["target_ids"], top_k=given["top_k"]
+        )
+        assert torch.equal(margin[0, first:last] >= 0, group)
+        score = EmbedLens().score(margin, torch.zeros_like(margin).long())
+        stays = kept(score[0, first:last], first, len(slots), int((~group).sum()), given["seq_len"])
+        assert stays == tensors["pos_after"].tolist()

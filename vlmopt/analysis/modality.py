@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from vlmopt.errors import NoVisualTokensError
-from vlmopt.program import Program, Role, Stage
+from vlmopt.program import Program, Role, Stage, fetch_attr
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,24 @@ def modality_of_tokens(stage: Stage, layer: int | None = None) -> TokenModality:
         visual = tuple(after for _, after in last.visual)
         return TokenModality(source, visual, stage.output_node(last.kept), anchor)
     return TokenModality(source, tuple(stage.facts["visual_tokens"]), None, anchor)
+
+
+def embedding_table(program: Program) -> Tensor | None:
+    """The table by which token ids become vectors, ``[vocabulary, width]``.
+
+    ``None`` where no stage embeds ids, or weights are inputs (a graph of Dynamo's).
+    """
+    for stage in program:
+        for port in stage.find_inputs(Role.INPUT_IDS):
+            below = [stage.placeholder(port)]
+            for node in below:
+                if node.target is torch.ops.aten.embedding.default:
+                    table: Any = node.args[0]
+                    if table.op == "get_attr":
+                        return fetch_attr(stage.graph_module, str(table.target))
+                    return None
+                below.extend(user for user in node.users if user not in below)
+    return None
 
 
 def _source(stage: Stage) -> fx.Node | None:

@@ -15,7 +15,7 @@ from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
 from vlmopt.errors import PreconditionError
-from vlmopt.program import Modality, Role, Stage, fetch_attr
+from vlmopt.program import Modality, Program, Role, Stage, fetch_attr
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.positions import carries_positions
 from vlmopt.rewrite.region import gather_tokens, shorten_region
@@ -31,6 +31,7 @@ class CutValues:
         modality: int64 ``[batch, tokens]`` of the tokens present.
         visual: visual tokens present, per sample.
         carried: per-token values that the pass has carried along since an earlier layer.
+        program: what the stage is part of, where that is known.
     """
 
     stage: Stage
@@ -40,6 +41,7 @@ class CutValues:
     visual: tuple[int, ...]
     emit: Emitter
     carried: Mapping[str, fx.Node] = field(default_factory=dict)
+    program: Program | None = None
     _made: dict[str, fx.Node] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> fx.Node:
