@@ -79,7 +79,7 @@ def synthetic(samples: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def test_anchors_are_found() -> None:
-    table, tokens = synthetic(4)
+    table, tokens = synthetic(3)
     rows = [classes.measure(sample, table, (), 1) for sample in tokens]
     found = classes.summarise(rows, table, (), 0.9)
     assert found["anchors"] == [5, 9]
