@@ -18,6 +18,7 @@ PASSES = {
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "tome": "vlmopt.passes.tokens.tome:ToMe",
     "sad-tm": "vlmopt.passes.tokens.sad_tm:SadTM",
+    "blink": "vlmopt.passes.tokens.blink:Blink",
     "embedlens": "vlmopt.passes.tokens.embedlens:EmbedLens",
     "sublayer-skip": "vlmopt.passes.tokens.sublayer_skip:SublayerSkip",
     "vision-entry": "vlmopt.passes.tokens.vision_entry:VisionEntry",

@@ -236,6 +236,7 @@ def compute_rows(
     slots: fx.Node | None = None,
     length: Any = None,
     positions: fx.Node | None = None,
+    rows: fx.Node | None = None,
 ) -> list[fx.Node]:
     """Compute values of the layer at whose entry the cut is, before the cut.
 
@@ -244,6 +245,8 @@ def compute_rows(
         slots: int64 ``[batch, length]``; only these tokens, all of them otherwise.
         positions: int64 ``[batch, length]``: slots whose positions the tokens take, their own
             otherwise.
+        rows: what stands in the residual stream in place of these tokens,
+            ``[batch, length, width]``.
     """
     emit, graph, hidden = values.emit, values.emit.graph, values.hidden
     val = hidden.meta["val"]
@@ -266,7 +269,8 @@ def compute_rows(
     shorter = start
     if slots is not None:
         with graph.inserting_before(start.next):
-            shorter = gather_tokens(emit, start, dims, lambda _: slots, name="rows")
+            taken = gather_tokens(emit, start, dims, lambda _: slots, name="rows")
+        shorter = taken if rows is None else rows
     first = next(iter(copies.values()))
     frontier = {}
     for value, found in axes.frontier.items():
