@@ -197,6 +197,13 @@ class Blink(Pass):
             copies, left = widen_layer(site, layers, count, step, state)
             state = (copies.rows, copies.parents, copies.live, *left)
         remove_unused(stage)
+        if "decode" not in program and any(port.kept for port in stage.outputs):
+            raise PreconditionError(
+                f"{self.name}: the cache would hold copies that decoding could not tell from "
+                "tokens",
+                hint="use vlmopt.optimize, which rewrites decoding too, or run with "
+                "use_cache=False",
+            )
         if "decode" in program:
             for match, cut in enumerate(stage.cuts, start=1):
                 cut_decode(program["decode"], stage, cut, ctx, match=match, prefix="blink")
