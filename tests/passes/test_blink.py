@@ -163,7 +163,7 @@ def test_samples_with_different_numbers_of_images_are_refused() -> None:
 def test_a_cache_that_hides_no_copies_is_refused() -> None:
     model, inputs = zoo.build("llava"), zoo.inputs("llava")
     text = "blink{layers=1,2 expand=0.25 drop=0.2}"
-    options = {"passes": text, "lowering": "eager"}
+    options: dict[str, Any] = {"passes": text, "lowering": "eager"}
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="vlmopt", options=options)
     with torch.no_grad():
