@@ -683,10 +683,22 @@ def _random_mask(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _random_slots(stage: Stage, value: Tensor, generator: torch.Generator) -> Tensor:
-    """Kept slots: any ascending choice among those of the prompt, with a few fillers."""
+    """Kept slots: any choice among those of the prompt, with a few fillers.
+
+    Ascending, and none twice before all are there once.
+    """
     count = value.shape[1]
-    tokens = max(count, stage.facts.get("tokens", count))
-    rows = [torch.randperm(tokens, generator=generator)[:count].sort().values for _ in value]
+    tokens = stage.facts.get("tokens", count)
+    more = max(0, count - tokens)
+    rows = [
+        torch.cat(
+            [
+                torch.randperm(tokens, generator=generator)[:count].sort().values,
+                torch.randint(tokens, (more,), generator=generator),
+            ]
+        )
+        for _ in value
+    ]
     fillers = torch.rand(value.shape, generator=generator) < 0.1
     return torch.stack(rows).masked_fill(fillers, -1).to(value.dtype)
 

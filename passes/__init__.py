@@ -21,6 +21,10 @@ PASSES = {
     "zoo-prune": "vlmopt.passes.tokens.zoo_prune:ZooPrune",
     "tome": "vlmopt.passes.tokens.tome:ToMe",
     "sad-tm": "vlmopt.passes.tokens.sad_tm:SadTM",
+    "blink": "vlmopt.passes.tokens.blink:Blink",
+    "embedlens": "vlmopt.passes.tokens.embedlens:EmbedLens",
+    "sublayer-skip": "vlmopt.passes.tokens.sublayer_skip:SublayerSkip",
+    "vision-entry": "vlmopt.passes.tokens.vision_entry:VisionEntry",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

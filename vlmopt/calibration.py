@@ -2,7 +2,8 @@
 
 A calibrated pass names variants of a program: a head silenced, all visual tokens gone from some
 layer on. Each sample is answered by the untouched program and by every variant, and the pass makes
-an artifact of how far the answers lie apart.
+an artifact of how far the answers lie apart. A measured pass looks at what the language model
+reads instead.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmopt import artifacts
+from vlmopt import artifacts, families
 from vlmopt.errors import ArtifactError, OptionError
 from vlmopt.pipeline.passes import Pass
 from vlmopt.program import Program
 from vlmopt.runtime.model import Engine
-from vlmopt.tracing import capture
+from vlmopt.tracing import capture, modality_of
 
 Variant = Callable[[Program], Any]
 Sample = Mapping[str, Any]
@@ -43,6 +44,23 @@ class Calibrated(ABC):
                 the next token's distribution of each variant from that of the untouched program,
                 mean over the batch of a sample.
         """
+
+
+class Measured(ABC):
+    """What a pass adds that is calibrated on the tokens that enter the language model."""
+
+    @abstractmethod
+    def measure(self, program: Program, hidden: Tensor, modality: Tensor) -> Any:
+        """What one sample adds, as JSON values.
+
+        Args:
+            hidden: input of the first layer, ``[batch, tokens, width]``.
+            modality: int64 ``[batch, tokens]``, values of :class:`~vlmopt.program.Modality`.
+        """
+
+    @abstractmethod
+    def summarise(self, program: Program, rows: list[Any]) -> dict[str, Any]:
+        """The values of the artifact, from what :meth:`measure` returned for each sample."""
 
 
 def calibrate(
@@ -75,7 +93,7 @@ def calibrate(
             file is of another calibration.
         VlmoptError: see :func:`vlmopt.capture`.
     """
-    if not isinstance(passes, Calibrated):
+    if not isinstance(passes, (Calibrated, Measured)):
         raise OptionError(
             f"{passes.name} needs no calibration",
             hint="vlmopt passes NAME tells which options take an artifact",
@@ -87,20 +105,24 @@ def calibrate(
     if total == 0:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
     done = _Partial(path.with_name(path.name + ".partial"), str(passes))
-    answers = _Answers(model, passes)
+    answers: _Inputs | _Answers
+    answers = _Inputs(model, passes) if isinstance(passes, Measured) else _Answers(model, passes)
     count = 0
     for count, sample in enumerate(samples, start=1):
         if count > len(done.rows):
-            done.add(answers.divergences(sample))
-        elif not answers.engines:
+            done.add(answers.row(sample))
+        elif answers.program is None:
             answers.prepare(sample)
         if progress is not None:
             progress(count, total)
     if not count:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
-    values = passes.conclude(torch.tensor(done.rows, dtype=torch.float64))
-    values = {"options": str(passes), "samples": len(done.rows), **values}
     assert answers.program is not None
+    if isinstance(passes, Measured):
+        values = passes.summarise(answers.program, done.rows)
+    else:
+        values = passes.conclude(torch.tensor(done.rows, dtype=torch.float64))
+    values = {"options": str(passes), "samples": len(done.rows), **values}
     artifacts.write(path, passes.name, answers.program, values, overwrite=overwrite)
     done.remove()
     return values
@@ -132,7 +154,8 @@ class _Answers:
             self._captured = self._sample, capture(self.model, inputs)
         return self._captured[1].clone()
 
-    def divergences(self, sample: Sample) -> list[float]:
+    def row(self, sample: Sample) -> list[float]:
+        """Divergences of the variants."""
         if not self.engines:
             self.prepare(sample)
         self._sample = sample
@@ -140,6 +163,38 @@ class _Answers:
             reference = _next_token(self.model, sample)
             found = [_next_token(engine.twin, sample) for engine in self.engines]
         return [float(_divergence(reference, other)) for other in found]
+
+
+class _Inputs:
+    """What enters the language model."""
+
+    def __init__(self, model: Any, passes: Measured) -> None:
+        self.model = model
+        self.passes = passes
+        self.program: Program | None = None
+
+    def prepare(self, sample: Sample) -> None:
+        self.program = capture(self.model, dict(sample))
+
+    def row(self, sample: Sample) -> Any:
+        """What the pass measures on the sample."""
+        if self.program is None:
+            self.prepare(sample)
+        assert self.program is not None
+        entered: list[Tensor] = []
+
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            entered.append(kwargs["inputs_embeds"])
+
+        hook = self.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self.model(**sample)
+        finally:
+            hook.remove()
+        visual = families.visual_token_ids(self.model.config)
+        modality = modality_of(sample["input_ids"], sample.get("attention_mask"), visual)
+        return self.passes.measure(self.program, entered[0], modality)
 
 
 def _next_token(model: Any, sample: Sample) -> Tensor:
@@ -157,7 +212,7 @@ class _Partial:
 
     def __init__(self, path: Path, options: str) -> None:
         self.path = path
-        self.rows: list[list[float]] = []
+        self.rows: list[Any] = []
         if not path.exists():
             path.write_text(json.dumps({"options": options}) + "\n")
             return
@@ -169,7 +224,7 @@ class _Partial:
             )
         self.rows = [json.loads(line) for line in lines[1:]]
 
-    def add(self, row: list[float]) -> None:
+    def add(self, row: Any) -> None:
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

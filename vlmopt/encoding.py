@@ -287,7 +287,7 @@ def _depended_on(values: list[Tensor], leaves: dict[str, Tensor]) -> tuple[str, 
     if not values:
         return ()
     total = torch.stack([value.float().sum() for value in values]).sum()
-    found = torch.autograd.grad(total, [*leaves.values()], retain_graph=True, allow_unused=True)
+    found: Any = torch.autograd.grad(total, [*leaves.values()], retain_graph=True, allow_unused=True)
     return tuple(name for name, gradient in zip(leaves, found, strict=True) if gradient is not None)
 
 
@@ -319,7 +319,7 @@ def _routes(value: Tensor, sources: list[Tensor]) -> list[Route | None]:
 
 
 def _gradients(value: Tensor, sources: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(value.sum(), sources, retain_graph=True, allow_unused=True)
+    found: Any = torch.autograd.grad(value.sum(), sources, retain_graph=True, allow_unused=True)
     return [
         torch.zeros_like(source) if gradient is None else gradient.float()
         for source, gradient in zip(sources, found, strict=True)

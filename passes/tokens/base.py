@@ -266,18 +266,8 @@ class TokenDrop(Pass):
             names.append("encoded_features")
 
         def read(emit: Emitter, modality: fx.Node) -> list[fx.Node]:
-            values = CutValues(
-                program,
-                ctx,
-                stage,
-                layers,
-                layer,
-                modality,
-                site.kept,
-                site.visual,
-                emit,
-                carried,
-            )
+            known = (stage, layers, layer, modality, site.visual, emit, carried)
+            values = CutValues(*known, program, ctx, site.kept)
             counted = site.modality if self.of == "original" else modality
             weights = projector.in_stage(stage, emit) if projector is not None else []
             return [counted, *weights, *(self.read(values, name) for name in names)]

@@ -22,6 +22,9 @@ PIPELINES = (
     "coin{keep=0.5}",
     "apet{layers=1 keep=0.5 basis=3}",
     "alvts{layers=1,2 keep=0.5 rank=8}",
+    "embedlens{anchors=11,23 keep=0.5} | sublayer-skip{skip=1,1.5 attention=zero,vt}",
+    "vision-entry{layer=2} | sublayer-skip{skip=2.5,3 attention=vv}",
+    "blink{layers=1,2 expand=0.25 drop=0.2} | stride-drop{layers=3 keep=0.25}",
     "information-horizon{layers=1,3 keep=0.5,0 fixed}",
 )
 

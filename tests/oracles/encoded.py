@@ -40,10 +40,9 @@ class Encoded:
         samples = [rows[b * size : (b + 1) * size] for b in range(batch)]
         self.attention = [[float(a) for a, _ in sample] for sample in samples]
         self.keys = [torch.stack([k for _, k in sample]) for sample in samples]
-        self.project = projector = getattr(model.model, "multi_modal_projector", None)
+        self.project: Any = getattr(model.model, "multi_modal_projector", None)
         self.features = None
         if family == "llava":
-            assert projector is not None
             self.features = self.entering
 
     @torch.no_grad()

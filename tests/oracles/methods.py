@@ -255,3 +255,35 @@ def apet(keep: Keep, basis: int, ridge: float = 1e-5) -> Choose:
         return Choice(layer, stays, replaced)
 
     return choose
+
+
+def embedlens(keep: Keep, table: torch.Tensor, anchors: tuple[int, ...], top_k: int = 3) -> Choose:
+    """Drops the tokens whose best anchor beats the ``top_k``-th nearest id by most."""
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        def score(sample: int, slots: list[int]) -> list[float]:
+            found = []
+            for at in slots:
+                token = recorded.hidden[layer][sample, at].float()
+                near = [float(torch.cosine_similarity(token, row.float(), dim=0)) for row in table]
+                nearest = max(near[anchor] for anchor in anchors)
+                found.append(sorted(near)[-top_k] - nearest)
+            return found
+
+        return best(recorded, layer, score, keep)
+
+    return choose
+
+
+def near_anchors(keep: Keep, vectors: torch.Tensor, thresholds: list[float]) -> Choose:
+    """The same against a threshold for each anchor."""
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        def score(sample: int, slots: list[int]) -> list[float]:
+            tokens = recorded.hidden[layer][sample, slots].float()
+            near = torch.stack([torch.cosine_similarity(tokens, row[None]) for row in vectors], 1)
+            return [-max(row) for row in (near - torch.tensor(thresholds)).tolist()]
+
+        return best(recorded, layer, score, keep)
+
+    return choose

@@ -223,7 +223,7 @@ class ReducedOracle:
             after = output[0] if isinstance(output, tuple) else output
             if before.shape[1] > 1:
                 for choice in self._covering(layer):
-                    if choice.until == layer + 1:
+                    if choice.until is not None:
                         after = torch.where(choice.stays[..., None], after, before)
             return (after, *output[1:]) if isinstance(output, tuple) else after
 

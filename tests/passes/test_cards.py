@@ -279,7 +279,7 @@ class TestZooPrune:
         return found[0].tolist()
 
     def test_a_copy_of_what_is_picked_is_worth_nothing(self) -> None:
-        rows = [[1.0, 0], [1, 0], [0, 1], [0, -1]]
+        rows: list[list[float]] = [[1, 0], [1, 0], [0, 1], [0, -1]]
         found = self.picked([1.0, 0.9, 0.5, 0.0], rows, 2)
         assert found == [2, 0, 1, 0]
 

@@ -15,14 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import vlmopt
 from vlmopt.ops.selection import farthest_point
-from vlmopt.passes.tokens import select
+from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
 from vlmopt.passes.tokens.duet_vlm import DuetEncoder, DuetVlm
+from vlmopt.passes.tokens.embedlens import EmbedLens
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.prune2drive import Prune2Drive
+from vlmopt.passes.tokens.sublayer_skip import SublayerSkip
 from vlmopt.passes.tokens.transprune import TransPrune
 from vlmopt.passes.tokens.vlm_pruner import VlmPruner
+from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.program import Modality, Role
 
 VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
 
@@ -290,3 +295,96 @@ def test_vlm_pruner() -> None:
         merged = method.merge(hidden, score, stays, hidden, keys, there, quota, given["target"])
         wanted = tensors["hidden_kept_after"].float()
         torch.testing.assert_close(merged[stays], wanted, atol=1e-5, rtol=1e-5)
+
+
+class LlamaLayer(torch.nn.Module):
+    """A decoder layer of LLaVA's language model, with given weights."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], given: dict[str, Any]) -> None:
+        super().__init__()
+        self.heads, self.base, self.eps = given["heads"], given["rope_theta"], given["rms_eps"]
+        for name, value in weights.items():
+            self.register_buffer(name.removeprefix("w.").replace(".", "_"), value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        size = width // self.heads
+        inverse = 1 / self.base ** (torch.arange(0, size, 2) / size)
+        angle = torch.arange(tokens)[:, None] * inverse
+        cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
+
+        def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+        def heads(x: torch.Tensor, name: str) -> torch.Tensor:
+            weight = self.get_buffer(f"self_attn_{name}_proj_weight")
+            return linear(x, weight).view(batch, tokens, self.heads, size).transpose(1, 2)
+
+        def turn(x: torch.Tensor) -> torch.Tensor:
+            return x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin
+
+        linear = torch.nn.functional.linear
+        normed = norm(x, self.get_buffer("input_layernorm_weight"))
+        query, key, value = (heads(normed, name) for name in "qkv")
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            turn(query), turn(key), value, is_causal=True
+        )
+        mixed = mixed.transpose(1, 2).reshape(batch, tokens, width)
+        x = x + linear(mixed, self.get_buffer("self_attn_o_proj_weight"))
+        normed = norm(x, self.get_buffer("post_attention_layernorm_weight"))
+        gate = torch.nn.functional.silu(linear(normed, self.get_buffer("mlp_gate_proj_weight")))
+        return x + linear(
+            gate * linear(normed, self.get_buffer("mlp_up_proj_weight")),
+            self.get_buffer("mlp_down_proj_weight"),
+        )
+
+
+class LlamaLayers(torch.nn.Module):
+    def __init__(self, layer: LlamaLayer) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([layer])
+
+    def forward(self, x: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("case", ["case1_skip_mlp", "case2_skip_vt_layer0"])
+def test_embedlens_skips(case: str) -> None:
+    """The official layer, alone: what is skipped is counted from it."""
+    for description, tensors in cases("60-embedlens", case):
+        given = description["parameters"]
+        weights = {name: value for name, value in tensors.items() if name.startswith("w.")}
+        module = LlamaLayers(LlamaLayer(weights, given))
+        span = torch.arange(given["vision_start"], given["vision_end"])
+        modality = torch.full((1, given["seq_len"]), Modality.TEXT)
+        modality[0, tensors.get("skip_idx_abs", span).long()] = Modality.VISION
+        x = tensors["x"][None]
+        torch.testing.assert_close(
+            module(x, modality)[0], tensors["out_without_skip"], atol=1e-5, rtol=1e-5
+        )
+        program = vlmopt.capture(module, (x, modality), roles={"modality": Role.MODALITY})
+        skip = tuple(place - given["layer_idx"] for place in given["skipping_sublayers"])
+        attention = ("zero", *(given["attn_skipping_method"] or ()))
+        run_pipeline(program, [SublayerSkip(skip=skip, attention=attention)])
+        out = program["model"].graph_module(x, modality)[0]
+        torch.testing.assert_close(out[0], tensors["out"], atol=1e-5, rtol=1e-5)
+
+
+def test_embedlens_classes() -> None:
+    for description, tensors in cases("60-embedlens", "case0"):
+        given = description["parameters"]
+        first, last = given["vision_start"], given["vision_end"]
+        hidden, table = tensors["inputs_embeds"][None], tensors["vocab"]
+        group = classes.in_group(hidden, table, given["target_ids"], given["top_k"])[0, first:last]
+        slots = torch.arange(first, last)
+        assert slots[group].tolist() == tensors["group_idx_abs"].tolist()
+        assert slots[~group].tolist() == tensors["complement_idx_abs"].tolist()
+        margin = classes.class_margin(
+            hidden, table, anchors=given["target_ids"], top_k=given["top_k"]
+        )
+        assert torch.equal(margin[0, first:last] >= 0, group)
+        score = EmbedLens().score(margin, torch.zeros_like(margin).long())
+        stays = kept(score[0, first:last], first, len(slots), int((~group).sum()), given["seq_len"])
+        assert stays == tensors["pos_after"].tolist()

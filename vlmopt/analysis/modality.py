@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from vlmopt.errors import NoVisualTokensError
-from vlmopt.program import Program, Role, Stage
+from vlmopt.program import Program, Role, Stage, fetch_attr
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,41 @@ def token_stage(program: Program) -> Stage:
     )
 
 
-def modality_of_tokens(stage: Stage) -> TokenModality:
-    """Modality of the tokens still present in a stage that :func:`token_stage` returned."""
+def modality_of_tokens(stage: Stage, layer: int | None = None) -> TokenModality:
+    """Modality of the tokens still present in a stage that :func:`token_stage` returned.
+
+    Args:
+        layer: present in this layer, bands from which tokens come back aside; ``None``: at the
+            current end of all cuts.
+    """
     anchor_name = stage.facts.get("anchor")
     anchor = _by_name(stage, anchor_name) if anchor_name else None
     source = _source(stage)
     assert source is not None, "token_stage chose a stage without modality"
-    last = stage.last_cut
+    gone = [cut for cut in stage.cuts if cut.until is None]
+    last = next((cut for cut in reversed(gone) if layer is None or cut.layer <= layer), None)
     if last is not None:
         visual = tuple(after for _, after in last.visual)
         return TokenModality(source, visual, stage.output_node(last.kept), anchor)
     return TokenModality(source, tuple(stage.facts["visual_tokens"]), None, anchor)
+
+
+def embedding_table(program: Program) -> Tensor | None:
+    """The table by which token ids become vectors, ``[vocabulary, width]``.
+
+    ``None`` where no stage embeds ids, or weights are inputs (a graph of Dynamo's).
+    """
+    for stage in program:
+        for port in stage.find_inputs(Role.INPUT_IDS):
+            below = [stage.placeholder(port)]
+            for node in below:
+                if node.target is torch.ops.aten.embedding.default:
+                    table: Any = node.args[0]
+                    if table.op == "get_attr":
+                        return fetch_attr(stage.graph_module, str(table.target))
+                    return None
+                below.extend(user for user in node.users if user not in below)
+    return None
 
 
 def _source(stage: Stage) -> fx.Node | None:

@@ -185,7 +185,10 @@ def _random_input(stage: Stage, port: Port, generator: torch.Generator) -> Tenso
         modality = _modality(stage, shape)
         return modality if port.role is Role.MODALITY else modality == Modality.VISION
     if port.role in (Role.POSITION_IDS, Role.KEPT):
-        return torch.arange(shape[-1], dtype=value.dtype).expand(shape).contiguous()
+        places = torch.arange(shape[-1], dtype=value.dtype)
+        if port.role is Role.KEPT:  # copies of tokens stand behind them all
+            places = places % stage.facts.get("tokens", shape[-1])
+        return places.expand(shape).contiguous()
     if port.role is Role.INPUT_IDS:
         limit = _vocabulary(stage, port)
         return torch.randint(limit, shape, generator=generator, dtype=value.dtype)

@@ -124,7 +124,7 @@ def cut_tokens(
             original = _original_slots(site)
             kept = emit.trace(_fixed_slots, modality, original, names=("kept",))
         elif present or valid is not None:
-            kept = emit.trace(_kept_slots, slots, valid, *present, names=("kept",))
+            kept = emit.trace(kept_slots, slots, valid, *present, names=("kept",))
         frontier: dict[fx.Node, fx.Node] = {}
         for value, dims in axes.frontier.items():
             if any(has_tokens(dim) and dim[-1] != T for dim in dims):
@@ -134,7 +134,7 @@ def cut_tokens(
                     hint="start a new prompt, without past_key_values",
                 )
             index = places if site.renumber and carries_positions(value) else slots
-            with graph.inserting_before(_after(graph, value, anchor)):
+            with graph.inserting_before(later_of(graph, value, anchor)):
                 fewer = gather(value, dims, f"gather_{value.name}", index)
                 if ragged and _is_mask(axes, value):
                     fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
@@ -150,10 +150,10 @@ def cut_tokens(
             with graph.inserting_before(stop.next):
                 inside = _emitter(site.ctx, site.stage, stop, site.match, site.prefix)
                 rows = (site.hidden, slots, valid, stop)
-                whole = inside.trace(_put_back, *rows, names=("restored",))
+                whole = inside.trace(put_back, *rows, names=("restored",))
             for user in users:
                 user.replace_input_with(stop, whole)
-    _finish(site, axes, kept, tokens, tokens - dropped, set(carried.values()))
+    finish_cut(site, axes, kept, tokens, tokens - dropped, set(carried.values()))
     return carried
 
 
@@ -174,7 +174,7 @@ def emitting(site: CutSite, *after: fx.Node) -> Iterator[tuple[Emitter, fx.Node,
         with graph.inserting_before(anchor):
             modality = site.modality
             if present:
-                modality = emit.trace(_modality_of_kept, modality, *present, names=("modality",))
+                modality = emit.trace(modality_of_kept, modality, *present, names=("modality",))
             yield emit, modality, anchor
     finally:
         graph.erase_node(anchor)
@@ -225,11 +225,11 @@ def cut_decode(
         length = emit.call(aten.sym_size.int, first, 2)
         seen = emit.call(aten.sym_size.int, _mask_over_all(decode), 1) if axes.frontier else None
     indices: dict[Any, fx.Node] = {}
-    ragged = len(set(cut.visual)) > 1
+    ragged = len(set(cut.visual)) > 1 or cut.tokens[1] > cut.tokens[0]
     frontier: dict[fx.Node, fx.Node] = {}
     for value, dims in axes.frontier.items():
         source = _ungathered(graph, value)
-        before = _after(graph, value, after_inputs)
+        before = later_of(graph, value, after_inputs)
         with graph.inserting_before(before):
 
             def index(expression: Any) -> fx.Node:
@@ -332,7 +332,7 @@ def _made_from(starts: set[fx.Node], end: fx.Node) -> list[fx.Node]:
 # -- pieces ------------------------------------------------------------------------------------
 
 
-def _put_back(hidden: Tensor, slots: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
+def put_back(hidden: Tensor, slots: Tensor, valid: Tensor | None, rows: Tensor) -> Tensor:
     """``hidden`` with ``rows`` at ``slots``, fillers apart."""
     index = slots[..., None].expand(*slots.shape, hidden.shape[-1])
     if valid is not None:
@@ -344,7 +344,7 @@ def _fixed_slots(modality: Tensor, slots: tuple[int, ...]) -> Tensor:
     return torch.tensor(slots, device=modality.device).expand(modality.shape[0], -1)
 
 
-def _kept_slots(slots: Tensor, valid: Tensor | None, earlier: Tensor | None = None) -> Tensor:
+def kept_slots(slots: Tensor, valid: Tensor | None, earlier: Tensor | None = None) -> Tensor:
     """Original slot of each token still present, -1 for fillers."""
     original = slots if earlier is None else earlier.gather(1, slots)
     return original if valid is None else torch.where(valid, original, -1)
@@ -369,13 +369,13 @@ def _mask_decode_fillers(mask: Tensor, kept: Tensor, slots: Tensor) -> Tensor:
     return _mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
 
 
-def _modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
+def modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
     """Modality of the tokens still present; a filler counts as padding."""
     present = modality.gather(1, kept.clamp(min=0))
     return torch.where(kept >= 0, present, Modality.PADDING)
 
 
-def _finish(
+def finish_cut(
     site: CutSite, axes: TokenAxes, kept: fx.Node, before: Any, after: Any, carried: set[fx.Node]
 ) -> None:
     stage, graph = site.stage, site.stage.graph
@@ -499,7 +499,7 @@ def _latest(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
     return [node for node in graph.nodes if node in wanted][-1]
 
 
-def _after(graph: fx.Graph, value: fx.Node, anchor: fx.Node) -> fx.Node:
+def later_of(graph: fx.Graph, value: fx.Node, anchor: fx.Node) -> fx.Node:
     """The node before which something may be inserted that needs both ``value`` and ``anchor``."""
     return value.next if value > anchor else anchor
 

@@ -32,21 +32,21 @@ class CutValues:
     Attributes:
         modality: int64 ``[batch, tokens]`` of the tokens present.
         visual: visual tokens present, per sample.
-        program, ctx: what the pass runs on, for values of other stages.
-        kept: slots of the tokens present, ``None`` before the first cut.
         carried: per-token values that the pass has carried along since an earlier layer.
+        program, ctx: what the stage is part of and who rewrites it, for values of other stages.
+        kept: slots of the tokens present, ``None`` before the first cut.
     """
 
-    program: Program
-    ctx: PassContext
     stage: Stage
     layers: Layers
     layer: int
     modality: fx.Node
-    kept: fx.Node | None
     visual: tuple[int, ...]
     emit: Emitter
     carried: Mapping[str, fx.Node] = field(default_factory=dict)
+    program: Program | None = None
+    ctx: PassContext | None = None
+    kept: fx.Node | None = None
     _made: dict[str, fx.Node] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> fx.Node:
@@ -82,7 +82,7 @@ class CutValues:
 
     def mask_of(self, attention: fx.Node) -> fx.Node | None:
         """The mask that an attention operator takes, where it can be read before the cut."""
-        mask = _attention_mask(attention)
+        mask = attention_mask(attention)
         if mask is None:
             return None
         copies = _copy_up_to(self.emit, [mask], {self.hidden: self.hidden})
@@ -144,7 +144,7 @@ def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     return slots, weights, count
 
 
-def _mask_rows(mask: Tensor, slots: Tensor) -> Tensor:
+def mask_rows(mask: Tensor, slots: Tensor) -> Tensor:
     """The rows ``slots`` of an attention mask ``[batch or 1, heads or 1, queries or 1, keys]``."""
     if mask.shape[2] == 1:
         return mask
@@ -166,7 +166,7 @@ def _mean_attention(
     return (rows.mean(1) * weights[..., None]).sum(1)
 
 
-def _attention_mask(attention: fx.Node) -> Any:
+def attention_mask(attention: fx.Node) -> Any:
     if len(attention.args) > 3:
         return attention.args[3]
     return attention.kwargs.get("attn_mask")
@@ -220,7 +220,7 @@ def _score_rows(
 ) -> fx.Node:
     mask = values.mask_of(attention)
     if mask is not None:
-        mask = values.emit.trace(_mask_rows, mask, slots)
+        mask = values.emit.trace(mask_rows, mask, slots)
     result: fx.Node = values.emit.trace(
         _mean_attention,
         rows,
@@ -241,6 +241,7 @@ def compute_rows(
     slots: fx.Node | None = None,
     length: Any = None,
     positions: fx.Node | None = None,
+    rows: fx.Node | None = None,
 ) -> list[fx.Node]:
     """Compute values of the layer at whose entry the cut is, before the cut.
 
@@ -249,6 +250,8 @@ def compute_rows(
         slots: int64 ``[batch, length]``; only these tokens, all of them otherwise.
         positions: int64 ``[batch, length]``: slots whose positions the tokens take, their own
             otherwise.
+        rows: what stands in the residual stream in place of these tokens,
+            ``[batch, length, width]``.
     """
     emit, graph, hidden = values.emit, values.emit.graph, values.hidden
     val = hidden.meta["val"]
@@ -271,7 +274,8 @@ def compute_rows(
     shorter = start
     if slots is not None:
         with graph.inserting_before(start.next):
-            shorter = gather_tokens(emit, start, dims, lambda _: slots, name="rows")
+            taken = gather_tokens(emit, start, dims, lambda _: slots, name="rows")
+        shorter = taken if rows is None else rows
     first = next(iter(copies.values()))
     frontier = {}
     for value, found in axes.frontier.items():
@@ -338,6 +342,8 @@ def encoded(name: str) -> Callable[[CutValues], fx.Node]:
     """A value of the vision encoder, for the tokens present."""
 
     def compute(values: CutValues) -> fx.Node:
+        assert values.program is not None
+        assert values.ctx is not None
         whole = encoded_input(values.program, values.stage, name, values.ctx)
         if values.kept is None:
             return whole
@@ -348,6 +354,7 @@ def encoded(name: str) -> Callable[[CutValues], fx.Node]:
 
 
 def _features_or_hidden(values: CutValues) -> fx.Node:
+    assert values.program is not None
     projector = encoding_of(values.program)["projector"]
     return values["hidden" if projector is None else "encoded_features"]
 

@@ -356,8 +356,10 @@ class Engine:
 
     def _encoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt: _Prompt | None = getattr(self._running, "prompt", None)
-        stage = prompt.specialisation and prompt.specialisation.encoder if prompt else None
-        if prompt is None or stage is None:
+        if prompt is None or prompt.specialisation is None:
+            return original(*args, **kwargs)
+        stage = prompt.specialisation.encoder
+        if stage is None:
             return original(*args, **kwargs)
         assert self._encoder is not None
         if self._form is None:
