@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 IMAGE = 3  # token id of the image placeholder in every tiny vocabulary
+VIDEO = 5  # of the video placeholder, where a family has one
 VOCAB = 64
 
 
@@ -23,13 +24,20 @@ class Family:
     Attributes:
         build: ``(layers) -> model``, float32, eval mode.
         image_tokens: visual tokens that one image becomes in the prompt.
-        pixels: ``(batch, seed) -> dict`` with the family's image tensors.
+        pixels: ``(images, seed) -> dict`` with the family's image tensors.
+        video: what one short video becomes in the prompt.
+        frames: ``(videos, seed) -> dict`` with the family's video tensors, or the number of frames
+            of a video that goes in as so many images.
+        per_sample: image tensors are ``[batch, images of a sample, ...]``, padded with zeros.
     """
 
     name: str
     build: Callable[[int], Any]
     image_tokens: int
     pixels: Callable[[int, int], dict[str, torch.Tensor]]
+    video: tuple[int, ...] = ()
+    frames: Callable[[int, int], dict[str, torch.Tensor]] | int = 0
+    per_sample: bool = False
 
 
 def _text(layers: int, **extra: Any) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def _llava_onevision(layers: int) -> Any:
         vision_config={"model_type": "siglip_vision_model", **_clip_vision()},
         text_config={"model_type": "qwen2", **_text(layers)},
         image_token_index=IMAGE,
-        video_token_index=5,
+        video_token_index=VIDEO,
         image_grid_pinpoints=[[32, 32]],
         vision_feature_layer=-1,
     )
@@ -102,6 +110,11 @@ def _llava_onevision_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(batch, 2, 3, 32, 32, generator=generator),
         "image_sizes": torch.tensor([[32, 32]] * batch),
     }
+
+
+def _llava_onevision_frames(videos: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values_videos": torch.randn(videos, 4, 3, 32, 32, generator=generator)}
 
 
 def _internvl(layers: int) -> Any:
@@ -134,11 +147,6 @@ def _smolvlm(layers: int) -> Any:
         scale_factor=2,
     )
     return SmolVLMForConditionalGeneration(config)
-
-
-def _smolvlm_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"pixel_values": torch.randn(batch, 1, 3, 64, 64, generator=generator)}
 
 
 def _gemma3(layers: int) -> Any:
@@ -182,7 +190,7 @@ def _qwen2_vl(layers: int) -> Any:
             "spatial_merge_size": 2,
         },
         image_token_id=IMAGE,
-        video_token_id=5,
+        video_token_id=VIDEO,
         vision_start_token_id=6,
         vision_end_token_id=7,
     )
@@ -207,7 +215,7 @@ def _qwen2_5_vl(layers: int) -> Any:
             "fullatt_block_indexes": [1],
         },
         image_token_id=IMAGE,
-        video_token_id=5,
+        video_token_id=VIDEO,
         vision_start_token_id=6,
         vision_end_token_id=7,
     )
@@ -235,7 +243,7 @@ def _qwen3_vl(layers: int) -> Any:
             "deepstack_visual_indexes": [0, 1, 2],
         },
         image_token_id=IMAGE,
-        video_token_id=5,
+        video_token_id=VIDEO,
         vision_start_token_id=6,
         vision_end_token_id=7,
     )
@@ -249,6 +257,19 @@ def _qwen_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
         "pixel_values": torch.randn(64 * batch, 3 * 2 * 8 * 8, generator=generator),
         "image_grid_thw": grid,
     }
+
+
+def _qwen_frames(videos: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.tensor([[2, 4, 8]] * videos)  # four frames in pairs, each pair 8 tokens
+    return {
+        "pixel_values_videos": torch.randn(64 * videos, 3 * 2 * 8 * 8, generator=generator),
+        "video_grid_thw": grid,
+    }
+
+
+def _qwen2_5_frames(videos: int, seed: int) -> dict[str, torch.Tensor]:
+    return {**_qwen_frames(videos, seed), "second_per_grid_ts": torch.tensor([0.5] * videos)}
 
 
 def _qwen3_vl_moe(layers: int) -> Any:
@@ -265,7 +286,7 @@ def _qwen3_vl_moe(layers: int) -> Any:
             },
             vision_config={**dense.vision_config.to_dict(), "model_type": "qwen3_vl_moe_vision"},
             image_token_id=IMAGE,
-            video_token_id=5,
+            video_token_id=VIDEO,
             vision_start_token_id=6,
             vision_end_token_id=7,
         )
@@ -370,21 +391,30 @@ def _llava_next(layers: int) -> Any:
     return LlavaNextForConditionalGeneration(config)
 
 
-def _idefics3_pixels(batch: int, seed: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": _images(64)(batch, seed)["pixel_values"][:, None]}
+# 6 and 7 stand before and after what comes from vision; 9 and 10 for the time of a frame
+_TWO_FRAMES = (9, 6, *([IMAGE] * 16), 7, 10, 6, *([IMAGE] * 16), 7)
+_QWEN_VIDEO = (6, *([VIDEO] * 16), 7)
+_QWEN3_VIDEO = (9, 6, *([VIDEO] * 8), 7, 10, 6, *([VIDEO] * 8), 7)
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("llava", _llava, 16, _images(32)),
-        Family("llava_onevision", _llava_onevision, 16 + 16 + 4, _llava_onevision_pixels),
-        Family("internvl", _internvl, 16, _images(64)),
-        Family("smolvlm", _smolvlm, 16, _smolvlm_pixels),
+        Family(
+            "llava_onevision",
+            _llava_onevision,
+            16 + 16 + 4,
+            _llava_onevision_pixels,
+            (VIDEO,) * (4 * 4 + 1),
+            _llava_onevision_frames,
+        ),
+        Family("internvl", _internvl, 16, _images(64), _TWO_FRAMES, 2),
+        Family("smolvlm", _smolvlm, 16, _images(64), _TWO_FRAMES, 2, per_sample=True),
         Family("gemma3", _gemma3, 16, _images(32)),
-        Family("qwen2_vl", _qwen2_vl, 16, _qwen_pixels),
-        Family("qwen2_5_vl", _qwen2_5_vl, 16, _qwen_pixels),
-        Family("qwen3_vl", _qwen3_vl, 16, _qwen_pixels),
+        Family("qwen2_vl", _qwen2_vl, 16, _qwen_pixels, _QWEN_VIDEO, _qwen_frames),
+        Family("qwen2_5_vl", _qwen2_5_vl, 16, _qwen_pixels, _QWEN_VIDEO, _qwen2_5_frames),
+        Family("qwen3_vl", _qwen3_vl, 16, _qwen_pixels, _QWEN3_VIDEO, _qwen_frames),
     )
 }
 
@@ -392,10 +422,10 @@ FAMILIES: dict[str, Family] = {
 MORE_FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("qwen3_vl_moe", _qwen3_vl_moe, 16, _qwen_pixels),
+        Family("qwen3_vl_moe", _qwen3_vl_moe, 16, _qwen_pixels, _QWEN3_VIDEO, _qwen_frames),
         Family("vipllava", _vipllava, 16, _images(32)),
         Family("llava_next", _llava_next, 16 + 16 + 4, _llava_onevision_pixels),
-        Family("idefics3", _idefics3, 16, _idefics3_pixels),
+        Family("idefics3", _idefics3, 16, _images(64), per_sample=True),
         Family("paligemma", _paligemma, 16, _images(32)),
         Family("mistral3", _mistral3, 16, _mistral3_pixels),
         Family("aya_vision", _aya_vision, 16, _images(64)),
@@ -419,33 +449,64 @@ def inputs(
     batch: int = 1,
     text: tuple[int, ...] = (),
     images: tuple[int, ...] = (),
+    videos: tuple[int, ...] = (),
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Generate-style inputs of ``batch`` samples with ``images[b]`` images (default one) each.
+    """Generate-style inputs of ``batch`` samples.
 
-    Sample ``b`` has ``text[b]`` text tokens after its image (default ``6 + 2 * b``), so batches are
-    left-padded. Returns ``input_ids``, ``attention_mask`` (int64 ``[batch, length]``) and the
-    family's image tensors.
+    Sample ``b`` has ``images[b]`` images (default one), then ``videos[b]`` videos (default none),
+    then ``text[b]`` text tokens (default ``6 + 2 * b``), so batches are left-padded. Returns
+    ``input_ids``, ``attention_mask`` (int64 ``[batch, length]``) and the family's image and video
+    tensors, as its processor would.
     """
     family = EVERY_FAMILY[name]
     generator = torch.Generator().manual_seed(seed + 1)
     text = text or tuple(6 + 2 * b for b in range(batch))
     rows = []
     images = images or (1,) * len(text)
-    for count, shown in zip(text, images, strict=True):
+    videos = videos or (0,) * len(text)
+    for count, shown, played in zip(text, images, videos, strict=True):
         before = torch.randint(8, VOCAB, (2,), generator=generator).tolist()
         after = torch.randint(8, VOCAB, (count,), generator=generator).tolist()
         # Qwen models find images by the vision-start token before them
         image = [6, *([IMAGE] * family.image_tokens), 7]
-        rows.append([1, *before, *(image * shown), *after])
+        rows.append([1, *before, *(image * shown), *(family.video * played), *after])
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    batch_inputs = {"input_ids": ids, "attention_mask": mask, **family.pixels(sum(images), seed)}
-    if name == "gemma3" or name.startswith("qwen"):
-        batch_inputs["mm_token_type_ids" if name != "gemma3" else "token_type_ids"] = (
-            ids == IMAGE
-        ).long()
+    batch_inputs = {"input_ids": ids, "attention_mask": mask}
+    if isinstance(family.frames, int):
+        extra = family.frames
+        images = tuple(n + extra * v for n, v in zip(images, videos, strict=True))
+    elif any(videos):
+        batch_inputs |= family.frames(sum(videos), seed + 2)
+    if any(images):
+        pixels = family.pixels(sum(images), seed)
+        if family.per_sample:
+            pixels = {key: _by_sample(value, images) for key, value in pixels.items()}
+        batch_inputs |= pixels
+    if name.startswith("qwen"):
+        batch_inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    if name == "gemma3":
+        batch_inputs["token_type_ids"] = (ids == IMAGE).long()
     if name == "paligemma":  # all of a prompt is prefix, as the processor says
         batch_inputs["token_type_ids"] = torch.zeros_like(ids)
     return batch_inputs
+
+
+def visual(batch_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which tokens of a prompt come from vision, bool ``[batch, length]``."""
+    ids = batch_inputs["input_ids"]
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
+def video_tokens(name: str) -> int:
+    """Visual tokens that one video becomes in the prompt."""
+    return sum(token in (IMAGE, VIDEO) for token in EVERY_FAMILY[name].video)
+
+
+def _by_sample(tensor: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
+    rows = torch.zeros(len(counts), max(counts), *tensor.shape[1:])
+    for row, images in zip(rows, tensor.split(counts), strict=True):
+        row[: len(images)] = images
+    return rows
