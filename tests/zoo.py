@@ -277,22 +277,19 @@ def _qwen3_vl_moe(layers: int) -> Any:
 
     dense = _qwen3_vl(layers).config
     experts = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
-    model = Qwen3VLMoeForConditionalGeneration(
-        Qwen3VLMoeConfig(
-            text_config={
-                **_text(layers, head_dim=8),
-                **experts,
-                "rope_parameters": {**_MROPE, "mrope_interleaved": True},
-            },
-            vision_config={**dense.vision_config.to_dict(), "model_type": "qwen3_vl_moe_vision"},
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            vision_start_token_id=6,
-            vision_end_token_id=7,
-        )
+    config = Qwen3VLMoeConfig(
+        text_config={
+            **_text(layers, head_dim=8),
+            **experts,
+            "rope_parameters": {**_MROPE, "mrope_interleaved": True},
+        },
+        vision_config={**dense.vision_config.to_dict(), "model_type": "qwen3_vl_moe_vision"},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
     )
-    model.set_experts_implementation("batched_mm")
-    return model
+    return Qwen3VLMoeForConditionalGeneration(config)
 
 
 def _vipllava(layers: int) -> Any:

@@ -37,6 +37,10 @@ OUTPUT_FLAGS: tuple[str, ...] = (
 )
 """Arguments that steer Python code and are no inputs of a graph."""
 
+GROUPED_PRODUCTS: tuple[str, ...] = ("transformers::grouped_mm_fallback",)
+"""Operators of its own with which transformers multiplies rows sorted by expert, arguments as
+those of ``vlmopt::grouped_mm``: in float types for which ATen has no grouped product."""
+
 STAGE_NAMES: dict[str, str] = {
     "image_encoder": "vision_encoder",
     "multi_modal_projector": "projector",

@@ -1,7 +1,8 @@
 """From a ``torch.export`` program to the canonical graph of a stage.
 
 Canonical: functional ATen without decomposing composite operators, weights as ``get_attr``, no
-run-time asserts, no concatenation with nothing, and masked row updates in dense form.
+run-time asserts, no concatenation with nothing, masked row updates in dense form, and grouped
+products under one name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
+from vlmopt import families
 from vlmopt.errors import CaptureError
 from vlmopt.program import attach_attr
 
@@ -82,6 +85,8 @@ def simplify(graph: fx.Graph) -> None:
             rule = _RULES.get(node.target)
             if rule is not None:
                 rule(graph, node)
+            elif getattr(node.target, "_name", None) in families.GROUPED_PRODUCTS:
+                node.target = torch.ops.vlmopt.grouped_mm.default
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
 
