@@ -388,6 +388,213 @@ def _llava_next(layers: int) -> Any:
     return LlavaNextForConditionalGeneration(config)
 
 
+_GLM_TOKENS: dict[str, Any] = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": 6,
+    "image_end_token_id": 7,
+    "video_start_token_id": 9,
+    "video_end_token_id": 10,
+}
+_GLM_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+}
+_GLM_ROPE = {**_MROPE, "partial_rotary_factor": 1.0}
+_DEEPSEEK_EXPERTS = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def _glm4v(layers: int) -> Any:
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+    config = Glm4vConfig(
+        text_config={**_text(layers), "rope_parameters": dict(_GLM_ROPE)},
+        vision_config=dict(_GLM_VISION),
+        **_GLM_TOKENS,
+    )
+    return Glm4vForConditionalGeneration(config)
+
+
+def _glm4v_moe(layers: int) -> Any:
+    from transformers import Glm4vMoeConfig, Glm4vMoeForConditionalGeneration
+
+    config = Glm4vMoeConfig(
+        text_config={**_text(layers), **_DEEPSEEK_EXPERTS, "rope_parameters": dict(_GLM_ROPE)},
+        vision_config=dict(_GLM_VISION),
+        **_GLM_TOKENS,
+    )
+    return Glm4vMoeForConditionalGeneration(config)
+
+
+def _llama4(layers: int) -> Any:
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    config = Llama4Config(
+        text_config={
+            **_text(layers, head_dim=8),
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "vision_output_dim": 64,
+            "image_size": 64,
+            "patch_size": 8,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        },
+        image_token_index=IMAGE,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    return Llama4ForConditionalGeneration(config)
+
+
+def _aria(layers: int) -> Any:
+    from transformers import AriaConfig, AriaForConditionalGeneration
+
+    experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    config = AriaConfig(
+        text_config={"model_type": "aria_text", **_text(layers), **experts},
+        vision_config={"model_type": "idefics3_vision", **_clip_vision()},
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={16: 16},
+    )
+    return AriaForConditionalGeneration(config)
+
+
+def _aria_pixels(images: int, seed: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(images, 32, 32, dtype=torch.bool)
+    return {**_images(32)(images, seed), "pixel_mask": mask}
+
+
+def _ovis2(layers: int) -> Any:
+    from transformers import Ovis2Config, Ovis2ForConditionalGeneration
+
+    config = Ovis2Config(
+        text_config={"model_type": "qwen2", **_text(layers)},
+        vision_config={**_clip_vision(image_size=64), "hidden_stride": 2, "vocab_size": 32},
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[11, 12, 13, 14, 15],
+        vocab_size=VOCAB,
+        hidden_size=32,
+    )
+    return Ovis2ForConditionalGeneration(config)
+
+
+def _perception_lm(layers: int) -> Any:
+    from transformers import (
+        CLIPVisionConfig,
+        PerceptionLMConfig,
+        PerceptionLMForConditionalGeneration,
+    )
+
+    config = PerceptionLMConfig(
+        text_config={"model_type": "llama", **_text(layers)},
+        # its own encoder comes from another library; only the width is asked for in its terms
+        vision_config=CLIPVisionConfig(**_clip_vision(), model_args={"embed_dim": 32}),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    return PerceptionLMForConditionalGeneration(config)
+
+
+def _ernie4_5_vl_moe(layers: int) -> Any:
+    from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+
+    config = Ernie4_5_VLMoeConfig(
+        text_config={
+            **_text(layers),
+            "moe_intermediate_size": [24, 24],
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+            "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "intermediate_size": 48,
+            "temporal_merge_size": 2,
+        },
+        **_GLM_TOKENS,
+    )
+    return Ernie4_5_VLMoeForConditionalGeneration(config)
+
+
+def _kimi_k25(layers: int) -> Any:
+    from transformers import Kimi_K25Config, Kimi_K25ForConditionalGeneration
+
+    config = Kimi_K25Config(
+        text_config={
+            "model_type": "deepseek_v3",
+            **_text(layers, num_key_value_heads=4),
+            **_DEEPSEEK_EXPERTS,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+        vision_config={
+            "patch_size": 8,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+        },
+        projection_hidden_size=32,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+    )
+    return Kimi_K25ForConditionalGeneration(config)
+
+
+def _patches(*size: int) -> Callable[[int, int], dict[str, torch.Tensor]]:
+    """64 patches of an image, each of ``size``; merged 2x2 to 16 tokens."""
+
+    def pixels(images: int, seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "pixel_values": torch.randn(64 * images, *size, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 8, 8]] * images),
+        }
+
+    return pixels
+
+
+def _one_tile(images: int, seed: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _images(32)(images, seed)["pixel_values"][:, None]}
+
+
 # 6 and 7 stand before and after what comes from vision; 9 and 10 for the time of a frame
 _TWO_FRAMES = (9, 6, *([IMAGE] * 16), 7, 10, 6, *([IMAGE] * 16), 7)
 _QWEN_VIDEO = (6, *([VIDEO] * 16), 7)
@@ -427,6 +634,14 @@ MORE_FAMILIES: dict[str, Family] = {
         Family("mistral3", _mistral3, 16, _mistral3_pixels),
         Family("aya_vision", _aya_vision, 16, _images(64)),
         Family("cohere2_vision", _cohere2_vision, 16, _images(64)),
+        Family("glm4v", _glm4v, 16, _qwen_pixels),
+        Family("glm4v_moe", _glm4v_moe, 16, _qwen_pixels),
+        Family("ernie4_5_vl_moe", _ernie4_5_vl_moe, 16, _patches(3 * 8 * 8)),
+        Family("aria", _aria, 16, _aria_pixels),
+        Family("llama4", _llama4, 16, _images(64)),
+        Family("kimi_k25", _kimi_k25, 16, _patches(3, 8, 8)),
+        Family("ovis2", _ovis2, 16, _images(64)),
+        Family("perception_lm", _perception_lm, 16, _one_tile),
     )
 }
 """Not in every test of the eight above."""
@@ -482,7 +697,7 @@ def inputs(
         if family.per_sample:
             pixels = {key: _by_sample(value, images) for key, value in pixels.items()}
         batch_inputs |= pixels
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm4v", "ernie")):
         batch_inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     if name == "gemma3":
         batch_inputs["token_type_ids"] = (ids == IMAGE).long()

@@ -92,6 +92,12 @@ def _is_generative(model: nn.Module) -> bool:
 
 
 def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode | None) -> Program:
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{type(model).__name__} encodes its prompt apart from the text that it writes: its "
+            "decoder holds no visual tokens",
+            hint="choose a model whose decoder reads the prompt, or capture parts as plain modules",
+        )
     with _quiet():
         with _generating(model) if mode else contextlib.nullcontext():
             components = _components(model, inputs)

@@ -193,6 +193,16 @@ PLAIN: dict[str, Step] = {
     "max": lambda h, g: torch.maximum(h, g.earlier) + torch.minimum(h, g.scale),
     "argmax": lambda h, g: h + h.argmax(-1, keepdim=True),
     "detach": lambda h, g: h.detach().contiguous() * 2,
+    "repeat_rows": lambda h, g: h.flatten(0, 1).repeat(3, 1).view(3, *h.shape).sum(0),
+    "scatter": lambda h, g: h.scatter(-1, h.topk(2, dim=-1).indices, 0.5),
+    "scatter_rows": lambda h, g: torch.zeros_like(g.earlier).scatter(
+        -1, h.argsort(dim=-1), g.earlier
+    ),
+    "complex": lambda h, g: (
+        torch.view_as_real(torch.view_as_complex(h.view(*h.shape[:2], -1, 2)) * 1j * g.cos)
+        .flatten(2)
+        .clone()
+    ),
     "experts": experts,
     "experts_argsort": lambda h, g: experts(h, g, sort="argsort"),
 }
@@ -221,6 +231,8 @@ MIXING: dict[str, Step] = {
     "outer": lambda h, g: h + (h @ h.transpose(1, 2)).mean(-1, keepdim=True),
     "index": lambda h, g: h + h[:, [0, 1]].sum(1, keepdim=True),
     "scatter": lambda h, g: h.scatter(1, torch.zeros_like(h[:, :1], dtype=torch.int64), 1.0),
+    "scatter_some": lambda h, g: h.scatter(-1, g.ids[:, :3, None], 1.0),
+    "repeat_tokens": lambda h, g: h.repeat(1, 2, 1)[:, : h.shape[1]] + h,
     "experts_of_others": experts_of_others,
     "ranked": ranked,
     "sorted_rows": lambda h, g: h.flatten(0, 1)[h[..., 0].flatten().argsort()].view(h.shape),

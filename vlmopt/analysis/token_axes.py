@@ -456,6 +456,16 @@ def _squeeze(rule: _Rule) -> Dims:
     return tuple(dim for index, dim in enumerate(source) if index not in gone)
 
 
+@_rule(aten.view_as_complex.default)
+def _view_as_complex(rule: _Rule) -> Dims:
+    return rule.dims(rule.node.args[0])[:-1]  # type: ignore[arg-type]
+
+
+@_rule(aten.view_as_real.default)
+def _view_as_real(rule: _Rule) -> Dims:
+    return (*rule.dims(rule.node.args[0]), (2,))  # type: ignore[arg-type]
+
+
 @_rule(aten.slice.Tensor)
 def _slice(rule: _Rule) -> Dims:
     source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
@@ -946,6 +956,28 @@ def _scatter_part(rule: _Rule) -> Dims:
     return merged
 
 
+@_rule(aten.scatter.value, aten.scatter.src)
+def _scatter(rule: _Rule) -> Dims:
+    """Each token writes into its own row."""
+    base, dim, index, source = cast("tuple[fx.Node, int, fx.Node, Any]", rule.node.args[:4])
+    axis = rule.axis(base, dim)
+    values = [base, index, *([source] if rule.node.target is aten.scatter.src else [])]
+    rows = list(map(rule.dims, values))
+    if any(has_tokens(dims[axis]) for dims in rows):
+        raise rule.refuse("writes tokens by position")
+    result: list[Dim] = []
+    for position, column in enumerate(zip(*rows, strict=True)):
+        labels = {dim for dim in column if has_tokens(dim) or is_batch(dim)}
+        if position != axis and len({rule._volume(dim) for dim in column}) > 1:
+            raise rule.refuse("writes into the first rows only")
+        if sum(map(has_tokens, labels)) > 1:
+            raise rule.refuse("combines different token axes")
+        result.append(next(iter(labels), column[0]))
+    for value, dims in zip(values, rows, strict=True):
+        rule.demand(value, (*result[:axis], dims[axis], *result[axis + 1 :]))
+    return tuple(result)
+
+
 @_rule(aten.repeat.default)
 def _repeat(rule: _Rule) -> Dims:
     source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
@@ -954,8 +986,9 @@ def _repeat(rule: _Rule) -> Dims:
     result: list[Dim] = [(count,) for count in times[:lead]]
     for dim, count in zip(source, times[lead:], strict=True):
         if count != 1 and has_tokens(dim):
-            raise rule.refuse("repeats the token axis")
-        result.append(dim if count == 1 else (rule._volume(dim) * count,))
+            result.append((count, *dim))
+        else:
+            result.append(dim if count == 1 else (rule._volume(dim) * count,))
     return tuple(result)
 
 
