@@ -28,7 +28,24 @@ def test_dropping_equals_hiding(family: str) -> None:
     assert_equals_oracle(zoo.build(family), inputs, TEXT, plan, tokens=8)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "paligemma", "cohere2_vision"])
+def test_layers_whose_halves_are_parallel() -> None:
+    model = zoo.build("cohere2_vision")
+    text = (
+        "transprune{layers=1,2 keep=0.75,0.5 scored=2 positions=keep} | "
+        "alvts{layers=3 keep=0.5 rank=32}"
+    )
+
+    def plan(kept: dict[str, torch.Tensor]) -> Plan:
+        return [
+            (1, methods.transprune(lambda original, present: original * 3 // 4, range(2))),
+            (2, methods.transprune(lambda original, present: original // 2, range(2))),
+            (3, methods.alvts(half, model)),
+        ]
+
+    assert_equals_oracle(model, zoo.inputs("cohere2_vision", batch=2), text, plan, tokens=8)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "paligemma"])
 def test_dropping_equals_hiding_in_one_sample(family: str) -> None:
     assert_equals_oracle(zoo.build(family), zoo.inputs(family), TEXT, plan, tokens=8)
 

@@ -510,10 +510,11 @@ def _perception_lm(layers: int) -> Any:
         PerceptionLMForConditionalGeneration,
     )
 
+    # its own encoder comes from another library; the width is asked for in the terms of that
+    vision: dict[str, Any] = {**_clip_vision(), "model_args": {"embed_dim": 32}}
     config = PerceptionLMConfig(
         text_config={"model_type": "llama", **_text(layers)},
-        # its own encoder comes from another library; only the width is asked for in its terms
-        vision_config=CLIPVisionConfig(**_clip_vision(), model_args={"embed_dim": 32}),
+        vision_config=CLIPVisionConfig(**vision),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
     )
