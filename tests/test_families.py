@@ -10,6 +10,7 @@ from oracles.agreement import Plan, assert_equals_oracle
 from oracles.reduced import ReducedOracle
 
 import vlmopt
+from vlmopt.errors import CaptureError
 
 TEXT = "divprune{layers=1,3 keep=0.5}"
 
@@ -26,6 +27,19 @@ def plan(kept: dict[str, torch.Tensor]) -> Plan:
 def test_dropping_equals_hiding(family: str) -> None:
     inputs = zoo.inputs(family, batch=3)
     assert_equals_oracle(zoo.build(family), inputs, TEXT, plan, tokens=8)
+
+
+REASONS = {
+    "florence2": "encodes its prompt apart from the text that it writes",
+    "mllama": r"layer 1 of \w+ has 17 keys for a prompt of 12 tokens",
+    "lfm2_vl": r"layer 0 of \w+ carries a state that runs through all tokens \(conv_states",
+}
+
+
+@pytest.mark.parametrize("family", zoo.REFUSED_FAMILIES)
+def test_a_family_that_cannot_leave_tokens_out_is_refused_with_the_fact(family: str) -> None:
+    with pytest.raises(CaptureError, match=REASONS[family]):
+        vlmopt.capture(zoo.build(family), zoo.inputs(family))
 
 
 def test_layers_whose_halves_are_parallel() -> None:

@@ -596,6 +596,124 @@ def _one_tile(images: int, seed: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": _images(32)(images, seed)["pixel_values"][:, None]}
 
 
+def _lighton_ocr(layers: int) -> Any:
+    from transformers import LightOnOcrConfig, LightOnOcrForConditionalGeneration
+
+    config = LightOnOcrConfig(
+        vision_config={"model_type": "pixtral", **_clip_vision(image_size=64), "head_dim": 8},
+        text_config={"model_type": "qwen3", **_text(layers, head_dim=8)},
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+    )
+    return LightOnOcrForConditionalGeneration(config)
+
+
+def _deepseek_vl(layers: int) -> Any:
+    from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
+
+    config = DeepseekVLConfig(
+        vision_config=_siglip(),
+        text_config={"model_type": "llama", **_text(layers)},
+        image_token_id=IMAGE,
+    )
+    return DeepseekVLForConditionalGeneration(config)
+
+
+def _florence2(layers: int) -> Any:
+    from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+    config = Florence2Config(
+        text_config={
+            "model_type": "bart",
+            "d_model": 32,
+            "encoder_layers": layers,
+            "decoder_layers": layers,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        vision_config={
+            "embed_dim": [8, 16],
+            "num_heads": [2, 2],
+            "num_groups": [2, 2],
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "window_size": 4,
+            "projection_dim": 32,
+        },
+        image_token_id=IMAGE,
+    )
+    return Florence2ForConditionalGeneration(config)
+
+
+def _mllama(layers: int) -> Any:
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    config = MllamaConfig(
+        text_config={
+            **_text(layers),
+            "cross_attention_layers": [1],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "intermediate_size": 48,
+            "vision_output_dim": 64,
+            "image_size": 32,
+            "patch_size": 8,
+            "max_num_tiles": 1,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        image_token_index=IMAGE,
+    )
+    return MllamaForConditionalGeneration(config)
+
+
+def _mllama_pixels(images: int, seed: int) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": _images(32)(images, seed)["pixel_values"][:, None, None],
+        "aspect_ratio_ids": torch.ones(images, 1, dtype=torch.int64),
+        "aspect_ratio_mask": torch.ones(images, 1, 1, dtype=torch.int64),
+    }
+
+
+def _lfm2_vl(layers: int) -> Any:
+    from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
+
+    vision = _clip_vision(num_patches=64, vision_use_head=False)
+    del vision["image_size"]
+    kinds = ["full_attention" if i % 2 else "conv" for i in range(layers)]
+    config = Lfm2VlConfig(
+        text_config={"model_type": "lfm2", **_text(layers), "layer_types": kinds},
+        vision_config={"model_type": "siglip2_vision_model", **vision},
+        image_token_id=IMAGE,
+        projector_hidden_size=32,
+    )
+    return Lfm2VlForConditionalGeneration(config)
+
+
+def _lfm2_pixels(images: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "pixel_values": torch.randn(images, 64, 3 * 8 * 8, generator=generator),
+        "pixel_attention_mask": torch.ones(images, 64, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[8, 8]] * images),
+    }
+
+
 # 6 and 7 stand before and after what comes from vision; 9 and 10 for the time of a frame
 _TWO_FRAMES = (9, 6, *([IMAGE] * 16), 7, 10, 6, *([IMAGE] * 16), 7)
 _QWEN_VIDEO = (6, *([VIDEO] * 16), 7)
@@ -643,11 +761,23 @@ MORE_FAMILIES: dict[str, Family] = {
         Family("kimi_k25", _kimi_k25, 16, _patches(3, 8, 8)),
         Family("ovis2", _ovis2, 16, _images(64)),
         Family("perception_lm", _perception_lm, 16, _one_tile),
+        Family("lighton_ocr", _lighton_ocr, 16, _mistral3_pixels),
+        Family("deepseek_vl", _deepseek_vl, 16, _images(32)),
     )
 }
 """Not in every test of the eight above."""
 
-EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES}
+REFUSED_FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("florence2", _florence2, 17, _images(32)),
+        Family("mllama", _mllama, 1, _mllama_pixels),
+        Family("lfm2_vl", _lfm2_vl, 16, _lfm2_pixels),
+    )
+}
+"""Capture refuses them, for what they are."""
+
+EVERY_FAMILY = {**FAMILIES, **MORE_FAMILIES, **REFUSED_FAMILIES}
 
 
 def build(name: str, *, layers: int = 4, seed: int = 0) -> Any:
@@ -702,6 +832,8 @@ def inputs(
         batch_inputs["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     if name == "gemma3":
         batch_inputs["token_type_ids"] = (ids == IMAGE).long()
+    if name == "mllama":
+        batch_inputs["cross_attention_mask"] = torch.ones(*ids.shape, 1, 1, dtype=torch.int64)
     if name == "paligemma":  # all of a prompt is prefix, as the processor says
         batch_inputs["token_type_ids"] = torch.zeros_like(ids)
     return batch_inputs
