@@ -199,3 +199,31 @@ def test_inputs_that_the_model_refuses_name_its_reason() -> None:
     wanted = re.compile(r"LlavaForConditionalGeneration could not generate from these inputs: \w+")
     with pytest.raises(CaptureError, match=wanted):
         vlmopt.capture(zoo.build("llava"), inputs)
+
+
+class Parts(torch.nn.Module):
+    """Writes its result part by part, the second one in another type and spread over rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(*x.shape[:-1], 7)
+        out[..., 3:] = x[:1].double()
+        out[..., :3] = x[..., :3] + 1
+        return out
+
+
+def test_parts_written_into_an_empty_tensor_are_joined() -> None:
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    program = vlmopt.capture(Parts(), (x,))
+    targets = {node.target for node in program["model"].graph.nodes}
+    assert torch.ops.aten.cat.default in targets
+    assert not targets & {torch.ops.aten.new_empty.default, torch.ops.aten.slice_scatter.default}
+    assert torch.equal(program["model"].graph_module(x)[0], Parts()(x))
+
+
+def test_a_model_that_encodes_its_prompt_apart_is_refused() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=16)
+    model = BartForConditionalGeneration(config)
+    with pytest.raises(CaptureError, match="its decoder holds no visual tokens"):
+        vlmopt.capture(model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})

@@ -287,7 +287,9 @@ def _depended_on(values: list[Tensor], leaves: dict[str, Tensor]) -> tuple[str, 
     if not values:
         return ()
     total = torch.stack([value.float().sum() for value in values]).sum()
-    found: Any = torch.autograd.grad(total, [*leaves.values()], retain_graph=True, allow_unused=True)
+    found: Any = torch.autograd.grad(
+        total, [*leaves.values()], retain_graph=True, allow_unused=True
+    )
     return tuple(name for name, gradient in zip(leaves, found, strict=True) if gradient is not None)
 
 

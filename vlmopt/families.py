@@ -37,6 +37,13 @@ OUTPUT_FLAGS: tuple[str, ...] = (
 )
 """Arguments that steer Python code and are no inputs of a graph."""
 
+GROUPED_PRODUCTS: tuple[str, ...] = ("transformers::grouped_mm_fallback",)
+"""Operators of its own with which transformers multiplies rows sorted by expert, arguments as
+those of ``vlmopt::grouped_mm``: in float types for which ATen has no grouped product."""
+
+RUNNING_STATES: tuple[str, ...] = ("conv_states", "recurrent_states")
+"""What a layer of a cache holds where it does not attend: convolutions, linear attention."""
+
 STAGE_NAMES: dict[str, str] = {
     "image_encoder": "vision_encoder",
     "multi_modal_projector": "projector",

@@ -103,6 +103,12 @@ def _is_generative(model: nn.Module) -> bool:
 
 
 def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode | None) -> Program:
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{type(model).__name__} encodes its prompt apart from the text that it writes: its "
+            "decoder holds no visual tokens",
+            hint="choose a model whose decoder reads the prompt, or capture parts as plain modules",
+        )
     with _quiet():
         with _generating(model) if mode else contextlib.nullcontext():
             components = _components(model, inputs)
@@ -111,6 +117,7 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
         encoding = None if mode else _encoding(model, inputs)
         for name, (module, kwargs) in components.items():
             if name == "decode":
+                _require_keys_of_tokens(model, kwargs, stages.get("language_model"), facts)
                 kwargs = _with_full_cache(kwargs, stages.get("language_model"), mode)
             elif name == "lm_head":  # one row is all that generation needs
                 kwargs = {key: value[:, -1:] for key, value in kwargs.items()}
@@ -266,6 +273,35 @@ def _generating(model: Any) -> Iterator[None]:
         handle.remove()
         if original is not None:
             namespace[check] = original
+
+
+def _require_keys_of_tokens(
+    model: Any, kwargs: dict[str, Any], prefill: Stage | None, facts: dict[str, Any]
+) -> None:
+    """A decoder whose layers carry keys and values of the tokens of the prompt, and nothing else.
+
+    Raises:
+        CaptureError: with the layer that carries something else.
+    """
+    name = type(model).__name__
+    for index, layer in enumerate(getattr(kwargs.get("past_key_values"), "layers", ())):
+        states = [key for key in vars(layer) if key in families.RUNNING_STATES]
+        if states:
+            raise CaptureError(
+                f"layer {index} of {name} carries a state that runs through all tokens "
+                f"({', '.join(states)}), not keys and values of each: tokens cannot be left out "
+                "of it later",
+                hint="choose a model whose layers all attend",
+            )
+    for port in prefill.find_outputs(Role.KEY) if prefill else ():
+        length = prefill.output_node(port).meta["val"].shape[2]  # type: ignore[union-attr]
+        if length != facts.get("tokens", length):
+            raise CaptureError(
+                f"layer {port.layer} of {name} has {length} keys for a prompt of "
+                f"{facts['tokens']} tokens: it attends to something beside the prompt, where "
+                "visual tokens are not among the others",
+                hint="choose a model that puts visual tokens into the prompt",
+            )
 
 
 def _with_full_cache(

@@ -351,13 +351,13 @@ class TokenDrop(Pass):
             if not since <= layer < site.layer:
                 continue
             parts = sublayers(layers, layer)
-            if parts.middle.meta["val"].shape[1] != site.hidden.meta["val"].shape[1]:
+            if parts.out.meta["val"].shape[1] != site.hidden.meta["val"].shape[1]:
                 raise PreconditionError(
                     f"{self.name} scores layer {layer}, before a cut of another pass",
-                    node=parts.middle,
+                    node=parts.out,
                     hint="score layers after that cut only",
                 )
-            with emitting(site, parts.ffn_out) as (emit, modality, _):
+            with emitting(site, parts.attention_out, parts.ffn_out) as (emit, modality, _):
                 given = {"real": emit.call(torch.ops.aten.ne.Scalar, modality, Modality.PADDING)}
                 values = [given.get(n) or getattr(parts, n) for n in self.layer_reads]
                 own = emit.trace(self.layer_score, *values, names=(f"layer_{layer}",))

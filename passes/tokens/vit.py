@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from vlmopt.analysis.encoder import Encoder, encoder_stage, find_encoder
-from vlmopt.analysis.sublayers import attention_of, sublayers
+from vlmopt.analysis.sublayers import attention_of, middle_of
 from vlmopt.analysis.token_axes import B, Dims, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
 from vlmopt.graph.causal import drop_constant_masks
@@ -191,7 +191,7 @@ class _Merging:
                     before_blocks.add(value)
                     stack.append(value)
         inner = before_blocks | blocks.keys()
-        merged = {sublayers(self.encoder.layers, first).middle}
+        merged = {middle_of(self.encoder.layers, first)}
         for node in list(self.graph.nodes):
             if node not in inner or not merged & {node, *node.all_input_nodes}:
                 continue
@@ -227,7 +227,7 @@ class _Merging:
     def merge(self, block: int, count: int) -> None:
         """Merge ``count`` tokens between the attention and the MLP of a block."""
         method, encoder = self.method, self.encoder
-        middle = sublayers(encoder.layers, block).middle
+        middle = middle_of(encoder.layers, block)
         attention = attention_of(encoder.layers, block)
         query, key = attention.args[:2]
         tokens = middle.meta["val"].shape[1]
@@ -275,7 +275,7 @@ class _Merging:
         )
 
     def _follow(self, block: int) -> TokenAxes:
-        middle = sublayers(self.encoder.layers, block).middle
+        middle = middle_of(self.encoder.layers, block)
         batch, tokens, width = middle.meta["val"].shape
         return follow_tokens(
             self.graph,

@@ -47,6 +47,27 @@ def fastv(keep: Keep) -> Choose:
     return choose
 
 
+def given(slots: torch.Tensor) -> Choose:
+    """What someone else chose: int64 ``[batch, slots]``, -1 for fillers."""
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        stays = torch.zeros_like(recorded.present)
+        for row, chosen in zip(stays, slots.tolist(), strict=True):
+            row[[slot for slot in chosen if slot >= 0]] = True
+        return Choice(layer, stays | ~recorded.visual)
+
+    return choose
+
+
+def v2drop(keep: Keep) -> Choose:
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        here, before = recorded.hidden[layer].float(), recorded.hidden[layer - 1].float()
+        change = (here - before).norm(dim=-1)
+        return best(recorded, layer, lambda b, slots: change[b, slots], keep)
+
+    return choose
+
+
 def pyramid_drop(keep: Keep) -> Choose:
     def choose(recorded: Recorded, layer: int) -> Choice:
         rows = recorded.attention(layer).mean(1)

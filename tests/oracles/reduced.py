@@ -61,6 +61,12 @@ class Recorded:
         return logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
 
 
+def decoder_of(model: Any) -> Any:
+    """The module that holds the layers of the language model."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "layers") else decoder.model
+
+
 class ReducedOracle:
     """Runs ``model`` on ``inputs`` as if tokens had been dropped.
 
@@ -111,7 +117,7 @@ class ReducedOracle:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         self.recorded = Recorded(self.visual, self.real, self.present)
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         inside = set(decoder.modules())
         original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -150,9 +156,10 @@ class ReducedOracle:
 
             return hook
 
+        ffn = layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
         return [
             layer.self_attn.register_forward_hook(note("attention"), with_kwargs=True),
-            layer.mlp.register_forward_hook(note("ffn"), with_kwargs=True),
+            ffn.register_forward_hook(note("ffn"), with_kwargs=True),
         ]
 
     def _covering(self, layer: int) -> list[Choice]:
@@ -215,7 +222,7 @@ class ReducedOracle:
         else:
             dropped = self.real.sum(1, keepdim=True) - here.sum(1, keepdim=True)
             positions = positions - dropped
-        return self.model.get_decoder().rotary_emb(hidden, positions)
+        return decoder_of(self.model).rotary_emb(hidden, positions)
 
     def _leave(self, layer: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:

@@ -97,6 +97,47 @@ def rms_norm(h: Tensor, g: Given) -> Tensor:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
 
 
+EXPERTS, CHOSEN = 4, 2
+
+
+def experts(h: Tensor, g: Given, *, sort: str = "sort") -> Tensor:
+    """A mixture of experts as transformers computes it: rows sorted by expert and put back."""
+    rows = h.flatten(0, 1)
+    share, chosen = F.linear(rows, g.weight[:EXPERTS]).softmax(-1).topk(CHOSEN)
+    keys, order = sorted_by(chosen.view(-1), sort)
+    out = by_expert(rows[order // CHOSEN], keys, g) * share.view(-1)[order][:, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    return out[back].view(-1, CHOSEN, WIDTH).sum(1).view(h.shape)
+
+
+def sorted_by(keys: Tensor, sort: str) -> tuple[Tensor, Tensor]:
+    if sort == "sort":
+        return keys.sort()  # type: ignore[return-value]
+    return keys, keys.argsort()
+
+
+def by_expert(rows: Tensor, keys: Tensor, g: Given) -> Tensor:
+    ends = torch.histc(keys.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
+    weights = torch.stack([g.weight * (expert + 1) for expert in range(EXPERTS)])
+    result: Tensor = torch.ops.vlmopt.grouped_mm(rows, weights, ends)
+    return result
+
+
+def experts_of_others(h: Tensor, g: Given) -> Tensor:
+    rows = h.flatten(0, 1)
+    order = rows[:, 0].argsort()
+    out = by_expert(rows[order], g.ids.view(-1) % EXPERTS, g)
+    return out[order.argsort()].view(h.shape)
+
+
+def ranked(h: Tensor, g: Given) -> Tensor:
+    """Every token, and how it compares with those before and after it."""
+    rows = h.flatten(0, 1)
+    order = rows[:, 0].argsort()
+    return rows[order].diff(dim=0, append=rows[:1])[order.argsort()].view(h.shape)
+
+
 PLAIN: dict[str, Step] = {
     "linear": lambda h, g: F.linear(h, g.weight, g.weight[0]),
     "matmul": lambda h, g: h @ g.weight,
@@ -152,6 +193,18 @@ PLAIN: dict[str, Step] = {
     "max": lambda h, g: torch.maximum(h, g.earlier) + torch.minimum(h, g.scale),
     "argmax": lambda h, g: h + h.argmax(-1, keepdim=True),
     "detach": lambda h, g: h.detach().contiguous() * 2,
+    "repeat_rows": lambda h, g: h.flatten(0, 1).repeat(3, 1).view(3, *h.shape).sum(0),
+    "scatter": lambda h, g: h.scatter(-1, h.topk(2, dim=-1).indices, 0.5),
+    "scatter_rows": lambda h, g: torch.zeros_like(g.earlier).scatter(
+        -1, h.argsort(dim=-1), g.earlier
+    ),
+    "complex": lambda h, g: (
+        torch.view_as_real(torch.view_as_complex(h.view(*h.shape[:2], -1, 2)) * 1j * g.cos)
+        .flatten(2)
+        .clone()
+    ),
+    "experts": experts,
+    "experts_argsort": lambda h, g: experts(h, g, sort="argsort"),
 }
 """Steps that treat every token alike, or mix tokens by attention: never refused."""
 
@@ -178,6 +231,22 @@ MIXING: dict[str, Step] = {
     "outer": lambda h, g: h + (h @ h.transpose(1, 2)).mean(-1, keepdim=True),
     "index": lambda h, g: h + h[:, [0, 1]].sum(1, keepdim=True),
     "scatter": lambda h, g: h.scatter(1, torch.zeros_like(h[:, :1], dtype=torch.int64), 1.0),
+    "scatter_some": lambda h, g: h.scatter(-1, g.ids[:, :3, None], 1.0),
+    "repeat_tokens": lambda h, g: h.repeat(1, 2, 1)[:, : h.shape[1]] + h,
+    "experts_of_others": experts_of_others,
+    "ranked": ranked,
+    "sorted_rows": lambda h, g: h.flatten(0, 1)[h[..., 0].flatten().argsort()].view(h.shape),
+    "sorted_first": lambda h, g: h + h.flatten(0, 1)[h[..., 0].flatten().argsort()][:1],
+    "sorted_last": lambda h, g: h + h.flatten(0, 1)[h[..., 0].flatten().argsort()][-1:],
+    "sorted_keys": lambda h, g: h + h.flatten(0, 1)[:, 0].sort().values.view(*h.shape[:2], 1),
+    "order": lambda h, g: h + h.flatten(0, 1)[:, 0].argsort().view(*h.shape[:2], 1),
+    "sorted_with_others": lambda h, g: (
+        h.flatten(0, 1)[h[..., 0].flatten().argsort()] + g.earlier.flatten(0, 1)
+    ).view(h.shape),
+    "two_orders": lambda h, g: (
+        h.flatten(0, 1)[h[..., 0].flatten().argsort()]
+        + h.flatten(0, 1)[h[..., 1].flatten().argsort()]
+    ).view(h.shape),
 }
 """Steps for which the place of a token among all counts: right, or refused."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
+import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
 from vlmopt.analysis.layers import layer_of
 from vlmopt.program import Program, Role, Stage
 
@@ -243,6 +244,7 @@ FLOP_FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
     aten.addmm: _product(1),
     aten.baddbmm: _product(1),
     aten._grouped_mm: _grouped_product,
+    torch.ops.vlmopt.grouped_mm: _grouped_product,
     aten.einsum: _einsum,
     aten.scaled_dot_product_attention: _attention,
     aten.conv1d: _convolution,

@@ -29,17 +29,17 @@ class Sublayers:
     Attributes:
         attention_in: what the projections of attention read, after the norm.
         attention_out: what is added to the residual stream for attention.
-        middle: residual stream between the two.
         ffn_in, ffn_out: likewise for the feed-forward network.
         out: residual stream after the layer.
+        middle: residual stream between the two; ``None`` where both read what enters the layer.
     """
 
     attention_in: fx.Node
     attention_out: fx.Node
-    middle: fx.Node
     ffn_in: fx.Node
     ffn_out: fx.Node
     out: fx.Node
+    middle: fx.Node | None
 
 
 def attention_of(layers: Layers, layer: int) -> fx.Node:
@@ -82,7 +82,9 @@ def projection_of(value: fx.Node) -> fx.Node:
 
 
 def sublayers(layers: Layers, layer: int) -> Sublayers:
-    """The halves of a layer that adds attention, then a feed-forward network, to its input.
+    """The halves of a layer that adds attention and a feed-forward network to its input.
+
+    The network reads the sum of input and attention, or beside attention the input alone.
 
     Raises:
         PreconditionError: the layer is built otherwise.
@@ -91,17 +93,73 @@ def sublayers(layers: Layers, layer: int) -> Sublayers:
     inside = [node for node, index in layers.of.items() if index == layer]
     entry = layers.entries[layer]
     from_attention = _reached(attention, set(inside))
-    middle, attention_out = _residual(entry, inside, from_attention, layers, layer)
-    after = _reached(middle, set(inside)) - {middle}
-    out, ffn_out = _residual(middle, inside, after, layers, layer)
-    return Sublayers(
-        _first_linear_input(inside, _reached(entry, set(inside)) - from_attention, entry),
-        attention_out,
-        middle,
-        _first_linear_input(inside, after, middle),
-        ffn_out,
-        out,
+    beside = _reached(entry, set(inside)) - from_attention
+    added = _residual(entry, inside, from_attention)
+    if added is None:
+        raise _built_otherwise(layers, layer)
+    first_sum, attention_out = added
+    attention_in = _first_linear_input(inside, beside & _sources(attention), entry)
+    after = _reached(first_sum, set(inside)) - {first_sum}
+    in_turn = _residual(first_sum, inside, after)
+    if in_turn is not None:
+        out, ffn_out = in_turn
+        ffn_in = _first_linear_input(inside, after, first_sum)
+        return Sublayers(attention_in, attention_out, ffn_in, ffn_out, out, first_sum)
+    parallel = _residual(first_sum, inside, beside)
+    if parallel is not None:
+        out, ffn_out = parallel
+    else:  # both parts are summed before the input is added to them
+        parts = _parts(attention_out, from_attention, beside)
+        if parts is None:
+            raise _built_otherwise(layers, layer)
+        out, (attention_out, ffn_out) = first_sum, parts
+    ffn_in = _first_linear_input(inside, beside & _sources(ffn_out), entry)
+    return Sublayers(attention_in, attention_out, ffn_in, ffn_out, out, None)
+
+
+def middle_of(layers: Layers, layer: int) -> fx.Node:
+    """The residual stream between attention and the feed-forward network of a layer.
+
+    Raises:
+        PreconditionError: the layer has no such value.
+    """
+    middle = sublayers(layers, layer).middle
+    if middle is None:
+        raise PreconditionError(
+            f"attention and feed-forward network of layer {layer} of {layers.container} are "
+            "parallel: nothing lies between them",
+            node=layers.entries[layer],
+        )
+    return middle
+
+
+def _built_otherwise(layers: Layers, layer: int) -> PreconditionError:
+    return PreconditionError(
+        f"layer {layer} of {layers.container} does not add its parts to the residual stream",
+        node=layers.entries[layer],
     )
+
+
+def _sources(value: fx.Node) -> set[fx.Node]:
+    seen, stack = {value}, [value]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return seen
+
+
+def _parts(
+    total: fx.Node, one: set[fx.Node], other: set[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
+    """The summands of ``total``, one from each set."""
+    if total.target is not aten.add.Tensor:
+        return None
+    for left, right in (total.args[:2], total.args[1::-1]):
+        if left in one and right in other:
+            return left, right  # type: ignore[return-value]
+    return None
 
 
 def _reached(start: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
@@ -115,18 +173,15 @@ def _reached(start: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
 
 
 def _residual(
-    stream: fx.Node, inside: list[fx.Node], source: set[fx.Node], layers: Layers, layer: int
-) -> tuple[fx.Node, fx.Node]:
+    stream: fx.Node, inside: list[fx.Node], source: set[fx.Node]
+) -> tuple[fx.Node, fx.Node] | None:
     """``(sum, what is added)`` of the addition to ``stream`` of something from ``source``."""
     for node in inside:
         if node.target is aten.add.Tensor and stream in node.args[:2]:
             other = node.args[1] if node.args[0] is stream else node.args[0]
             if isinstance(other, fx.Node) and other in source:
                 return node, other
-    raise PreconditionError(
-        f"layer {layer} of {layers.container} does not add its parts to the residual stream",
-        node=layers.entries[layer],
-    )
+    return None
 
 
 def _first_linear_input(inside: list[fx.Node], among: set[fx.Node], stream: fx.Node) -> fx.Node:

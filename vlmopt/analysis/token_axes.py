@@ -6,6 +6,10 @@ A dimension is a tuple of factors in memory order (``[batch * tokens, width]`` i
 operator. Where an operator combines a value that has a token axis with one computed elsewhere,
 the rule says which of its dimensions must be the same axis: that is the *frontier*.
 
+Rows may be sorted on the way, as by mixtures of experts: the sorted axis is an axis of its own, and
+values that hold row numbers are known by the dimension that they number. Reading rows by such
+numbers changes their order and nothing else, so that a token stays with its rows.
+
 An operator without a rule stops the analysis: guessing is how silent wrong answers are made.
 """
 
@@ -20,6 +24,7 @@ import sympy
 import torch
 from torch import fx
 
+import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
 from vlmopt.errors import UnsupportedOperatorError
 from vlmopt.graph import operators  # noqa: F401 - registers vlmopt::kept_tokens
 
@@ -32,6 +37,23 @@ B = sympy.Symbol("B", integer=True, positive=True)
 B1 = sympy.Symbol("B1", integer=True, positive=True)
 """a dimension of size one that broadcasts over the batch"""
 
+
+class Sorted(sympy.Function):  # type: ignore[misc]
+    """``Sorted(size, sort)``: an axis of ``size`` rows in the order of the operator ``sort``."""
+
+    nargs = 2
+
+    @classmethod
+    def eval(cls, size: Any, _sort: Any) -> Any:
+        """Where the size is known, a sorted axis is as long as any other."""
+        return None if size.has(T, B) else size
+
+    @property
+    def sort(self) -> str:
+        """Name of the operator that sorted."""
+        return str(self.args[1])
+
+
 Factor = Any  # int | sympy.Expr
 Dim = tuple[Factor, ...]
 Dims = tuple[Dim, ...]
@@ -40,6 +62,11 @@ Dims = tuple[Dim, ...]
 def has_tokens(dim: Dim) -> bool:
     """Whether a dimension counts tokens."""
     return any(isinstance(factor, sympy.Expr) and factor.has(T) for factor in dim)
+
+
+def is_sorted(dim: Dim) -> bool:
+    """Whether rows stand in an order of their own along a dimension."""
+    return any(isinstance(factor, sympy.Expr) and factor.has(Sorted) for factor in dim)
 
 
 def is_batch(dim: Dim) -> bool:
@@ -65,6 +92,7 @@ class TokenAxes:
         frontier: values computed outside that share a token axis, with their dimensions. These
             may have more leading dimensions than the value: then it broadcasts over the batch.
         special: tokens at the front that stay in their places, so that they may be read by place.
+        numbers: for values that hold row numbers, the dimension that they number.
     """
 
     tokens: Factor
@@ -73,6 +101,7 @@ class TokenAxes:
     ends: list[fx.Node] = field(default_factory=list)
     frontier: dict[fx.Node, Dims] = field(default_factory=dict)
     special: int = 0
+    numbers: dict[fx.Node, Dim] = field(default_factory=dict)
 
     @property
     def region(self) -> list[fx.Node]:
@@ -111,12 +140,24 @@ def follow_tokens(
                 axes.dims[node] = dims
             else:
                 axes.ends.append(node)
+    for value in graph.output_node().all_input_nodes:
+        if value not in stops and any(map(is_sorted, _dims_of(axes, value))):
+            raise UnsupportedOperatorError(
+                f"%{value.name} leaves the graph with its tokens in another order",
+                node=value,
+                hint="put them back in their places first, or report the model",
+            )
     if absorb:
         _absorb_layout(axes, starts)
     order = {node: index for index, node in enumerate(graph.nodes)}
     axes.dims = dict(sorted(axes.dims.items(), key=lambda item: order[item[0]]))
     axes.frontier = dict(sorted(axes.frontier.items(), key=lambda item: order[item[0]]))
     return axes
+
+
+def _dims_of(axes: TokenAxes, value: fx.Node) -> Dims:
+    dims = axes.dims.get(value, ())
+    return () if isinstance(dims, list) else dims
 
 
 def _size(value: Any) -> Factor:
@@ -166,6 +207,8 @@ class _Rule:
             return
         if not any(map(has_tokens, dims)):
             return
+        if any(map(is_sorted, dims)):
+            raise self.refuse(f"%{value.name} would have to be sorted as the tokens are")
         earlier = self.axes.frontier.get(value)
         if earlier is not None and _strip(earlier) != _strip(dims):
             raise self.refuse(f"%{value.name} is used with tokens along different dimensions")
@@ -413,6 +456,16 @@ def _squeeze(rule: _Rule) -> Dims:
     return tuple(dim for index, dim in enumerate(source) if index not in gone)
 
 
+@_rule(aten.view_as_complex.default)
+def _view_as_complex(rule: _Rule) -> Dims:
+    return rule.dims(rule.node.args[0])[:-1]  # type: ignore[arg-type]
+
+
+@_rule(aten.view_as_real.default)
+def _view_as_real(rule: _Rule) -> Dims:
+    return (*rule.dims(rule.node.args[0]), (2,))  # type: ignore[arg-type]
+
+
 @_rule(aten.slice.Tensor)
 def _slice(rule: _Rule) -> Dims:
     source = list(rule.dims(rule.node.args[0]))  # type: ignore[arg-type]
@@ -443,6 +496,8 @@ _SLICE = ("start", "end", "step")
 
 
 def _is_last(rule: _Rule, index: Any, dim: Dim) -> bool:
+    if is_sorted(dim):
+        return False
     return index == -1 or (isinstance(index, int) and rule._volume(dim) == index + 1)
 
 
@@ -464,8 +519,6 @@ def _select(rule: _Rule) -> Dims:
     aten.chunk.default,
     aten.unbind.int,
     aten.topk.default,
-    aten.sort.default,
-    aten.sort.stable,
     aten.max.dim,
     aten.min.dim,
     aten.var_mean.correction,
@@ -479,7 +532,7 @@ def _several(rule: _Rule) -> list[Dims | None]:
     elif target is aten.chunk.default:
         dim = rule.number(2, "dim", 0)
     elif target is aten.sort.stable:
-        dim = rule.node.kwargs.get("dim", -1)
+        dim = rule.number(2, "dim", -1)
     elif target is aten.unbind.int:
         dim = rule.number(1, "dim", 0)
     else:
@@ -504,7 +557,11 @@ def _several(rule: _Rule) -> list[Dims | None]:
 
 
 def _getitem(rule: _Rule) -> Any:
-    return rule.axes.dims[rule.node.args[0]][rule.node.args[1]]  # type: ignore[index]
+    source, index = cast("tuple[fx.Node, int]", rule.node.args)
+    numbered = rule.axes.numbers.get(source)
+    if numbered is not None and index == 1:
+        rule.axes.numbers[rule.node] = numbered
+    return rule.axes.dims[source][index]
 
 
 _RULES[operator.getitem] = _getitem
@@ -687,9 +744,116 @@ def _argsort(rule: _Rule) -> Dims:
     source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
     stable = rule.node.target is aten.argsort.stable
     dim: Any = rule.node.kwargs.get("dim", -1) if stable else rule.number(1, "dim", -1)
-    if has_tokens(source[dim]):
+    return (_sorted_axis(rule, source),) if has_tokens(source[dim]) else source
+
+
+@_rule(aten.sort.default, aten.sort.stable)
+def _sort(rule: _Rule) -> list[Dims | None]:
+    source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
+    at = 2 if rule.node.target is aten.sort.stable else 1
+    if not has_tokens(source[rule.number(at, "dim", -1)]):
+        return _several(rule)
+    return [(_sorted_axis(rule, source),)] * 2
+
+
+def _sorted_axis(rule: _Rule, source: Dims) -> Dim:
+    """The axis that all rows of all tokens stand along after this operator."""
+    if len(source) != 1 or is_sorted(source[0]):
         raise rule.refuse("returns the position of a token")
-    return source
+    rule.axes.numbers[rule.node] = source[0]
+    return _order_by(source[0], rule.node)
+
+
+def _order_by(dim: Dim, sort: fx.Node) -> Dim:
+    return (Sorted(sympy.prod(dim), sympy.Symbol(sort.name)),)
+
+
+@_rule(aten.floor_divide.default)
+def _floor_divide(rule: _Rule) -> Dims:
+    value, by = rule.node.args
+    numbered = rule.axes.numbers.get(value)  # type: ignore[arg-type]
+    if numbered is not None and by == 1:
+        rule.axes.numbers[rule.node] = numbered
+    elif numbered is not None and len(numbered) > 1 and numbered[-1] == by:
+        rule.axes.numbers[rule.node] = numbered[:-1]  # rows of a token: number of the token
+    return _pointwise(rule)
+
+
+@_rule(aten.index_put.default)
+def _index_put(rule: _Rule) -> Dims:
+    """``empty[numbers] = 0, 1, 2, ...``: where each row went."""
+    base, indices, values = cast("tuple[fx.Node, Any, fx.Node]", rule.node.args[:3])
+    numbers = cast("fx.Node", indices[0])
+    along = rule.axes.numbers.get(numbers)
+    if (
+        len(indices) != 1
+        or along is None
+        or not _is_order(rule, numbers, along)
+        or not rule.inside(base)
+        or len(rule.dims(base)) != 1
+        or not _counts_up(values)
+        or rule.number(3, "accumulate", False)
+    ):
+        raise rule.refuse("writes tokens by position")
+    rule.axes.numbers[rule.node] = rule.dims(numbers)[0]
+    return (along,)
+
+
+def _is_order(rule: _Rule, numbers: fx.Node, along: Dim) -> bool:
+    """Whether ``numbers`` holds each row number of ``along`` once."""
+    dims = rule.dims(numbers)
+    factor = dims[0][0] if len(dims) == 1 and len(dims[0]) == 1 else None
+    return isinstance(factor, Sorted) and bool(factor.args[0] == sympy.prod(along))
+
+
+def _counts_up(value: fx.Node) -> bool:
+    return value.target is aten.arange.default
+
+
+@_rule(aten.histc.default)
+def _histogram(rule: _Rule) -> Dims:
+    """Counts the tokens that are left."""
+    return ((rule.number(1, "bins", 100),),)
+
+
+@_rule(aten._grouped_mm.default, torch.ops.vlmopt.grouped_mm.default)
+def _grouped_product(rule: _Rule) -> Dims:
+    """Every row meets the matrix of its expert: its group must be that of the sort."""
+    rows, weights, ends = cast("tuple[fx.Node, ...]", rule.node.args[:3])
+    have = rule.dims(rows)
+    if rule.inside(weights) or len(have) != 2 or has_tokens(have[1]):
+        raise rule.refuse("mixes tokens with fixed weights")
+    factor = have[0][0]
+    keys = _counted(ends, shape_of(weights)[0])
+    if not isinstance(factor, Sorted) or not _is_sorted_by(keys, factor):
+        raise rule.refuse("takes tokens in groups that are not those that they were sorted into")
+    return (have[0], (shape_of(rule.node)[-1],))
+
+
+def _counted(ends: fx.Node, groups: Any) -> fx.Node | None:
+    """The values, from 0 to ``groups - 1``, of which ``ends`` has the running totals."""
+    value = _uncast(ends)
+    if value.target is not aten.cumsum.default or value.args[1] not in (0, -1):
+        return None
+    counts = _uncast(value.args[0])
+    if counts.target is not aten.histc.default or counts.args[1:] != (groups, 0, groups - 1):
+        return None
+    return _uncast(counts.args[0])
+
+
+def _is_sorted_by(keys: fx.Node | None, order: Sorted) -> bool:
+    """Whether ``keys`` is what the rows of an axis were sorted by, before or after sorting."""
+    if keys is None:
+        return False
+    if keys.target is operator.getitem and keys.args[1] == 0:
+        return cast("fx.Node", keys.args[0]).name == order.sort
+    return any(user.name == order.sort and user.args[0] is keys for user in keys.users)
+
+
+def _uncast(value: Any) -> fx.Node:
+    while value.target in (aten._to_copy.default, aten.to.dtype, aten.clone.default):
+        value = value.args[0]
+    return cast("fx.Node", value)
 
 
 @_rule(aten.glu.default)
@@ -755,7 +919,8 @@ def _index(rule: _Rule) -> Dims:
     if any(index.meta["val"].dtype == torch.bool for index in tensors):
         raise rule.refuse("chooses a number of rows that is known only at run time")
     positions = [at for at, index in enumerate(indices) if index is not None]
-    if any(has_tokens(have[at]) for at in positions):
+    counted = [at for at in positions if has_tokens(have[at])]
+    if counted and (len(tensors) > 1 or rule.axes.numbers.get(tensors[0]) != have[counted[0]]):
         raise rule.refuse("reads tokens by position")
     if positions != list(range(positions[0], positions[-1] + 1)):
         raise rule.refuse("has indices that are not adjacent")
@@ -791,6 +956,28 @@ def _scatter_part(rule: _Rule) -> Dims:
     return merged
 
 
+@_rule(aten.scatter.value, aten.scatter.src)
+def _scatter(rule: _Rule) -> Dims:
+    """Each token writes into its own row."""
+    base, dim, index, source = cast("tuple[fx.Node, int, fx.Node, Any]", rule.node.args[:4])
+    axis = rule.axis(base, dim)
+    values = [base, index, *([source] if rule.node.target is aten.scatter.src else [])]
+    rows = list(map(rule.dims, values))
+    if any(has_tokens(dims[axis]) for dims in rows):
+        raise rule.refuse("writes tokens by position")
+    result: list[Dim] = []
+    for position, column in enumerate(zip(*rows, strict=True)):
+        labels = {dim for dim in column if has_tokens(dim) or is_batch(dim)}
+        if position != axis and len({rule._volume(dim) for dim in column}) > 1:
+            raise rule.refuse("writes into the first rows only")
+        if sum(map(has_tokens, labels)) > 1:
+            raise rule.refuse("combines different token axes")
+        result.append(next(iter(labels), column[0]))
+    for value, dims in zip(values, rows, strict=True):
+        rule.demand(value, (*result[:axis], dims[axis], *result[axis + 1 :]))
+    return tuple(result)
+
+
 @_rule(aten.repeat.default)
 def _repeat(rule: _Rule) -> Dims:
     source = rule.dims(rule.node.args[0])  # type: ignore[arg-type]
@@ -799,8 +986,9 @@ def _repeat(rule: _Rule) -> Dims:
     result: list[Dim] = [(count,) for count in times[:lead]]
     for dim, count in zip(source, times[lead:], strict=True):
         if count != 1 and has_tokens(dim):
-            raise rule.refuse("repeats the token axis")
-        result.append(dim if count == 1 else (rule._volume(dim) * count,))
+            result.append((count, *dim))
+        else:
+            result.append(dim if count == 1 else (rule._volume(dim) * count,))
     return tuple(result)
 
 

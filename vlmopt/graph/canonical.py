@@ -1,7 +1,8 @@
 """From a ``torch.export`` program to the canonical graph of a stage.
 
 Canonical: functional ATen without decomposing composite operators, weights as ``get_attr``, no
-run-time asserts, no concatenation with nothing, and masked row updates in dense form.
+run-time asserts, no concatenation with nothing, masked row updates in dense form, grouped products
+under one name, and what is written part by part into an empty tensor as a concatenation.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
+from vlmopt import families
 from vlmopt.errors import CaptureError
 from vlmopt.program import attach_attr
 
@@ -82,6 +85,8 @@ def simplify(graph: fx.Graph) -> None:
             rule = _RULES.get(node.target)
             if rule is not None:
                 rule(graph, node)
+            elif getattr(node.target, "_name", None) in families.GROUPED_PRODUCTS:
+                node.target = torch.ops.vlmopt.grouped_mm.default
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
 
@@ -147,6 +152,76 @@ def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+_EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
+
+
+def _join_written_parts(graph: fx.Graph, node: fx.Node) -> None:
+    """``x = empty(...); x[..., :n] = a; x[..., n:] = b`` is ``cat([a, b])``.
+
+    The empty tensor has sizes of its own, in which a token axis cannot be told from others.
+    """
+    dim = _written(node)[0]
+    if any(_is_write(user) and user.args[0] is node for user in node.users):
+        return  # not the last part
+    parts: list[tuple[int, Any, fx.Node]] = []
+    base: Any = node
+    while _is_write(base) and _written(base)[0] == dim:
+        parts.append((*_written(base)[1:], base.args[1]))
+        base = base.args[0]
+    parts.sort(key=lambda part: part[0])
+    size = node.meta["val"].shape[dim]
+    ends = [start for start, _, _ in parts[1:]] + [size]
+    if (
+        base.target not in _EMPTY
+        or parts[0][0] != 0
+        or any(min(stop, size) != end for (_, stop, _), end in zip(parts, ends, strict=True))
+    ):
+        return
+    with graph.inserting_before(node), node.meta["val"].fake_mode:
+        values = [_copied(graph, part) for _, _, part in parts]
+        whole = graph.call_function(aten.cat.default, (values, dim))
+    whole.meta = dict(node.meta)
+    node.replace_all_uses_with(whole)
+    graph.erase_node(node)
+
+
+def _is_write(node: fx.Node) -> bool:
+    return node.target is aten.slice_scatter.default
+
+
+def _written(node: fx.Node) -> tuple[int, int, Any]:
+    """Dimension, start and end of what a ``slice_scatter`` writes; an end of -1 is no place."""
+    args = [*node.args, *[None] * (6 - len(node.args))]
+    dim = cast("int", args[2] or 0) % node.meta["val"].ndim
+    start, end, step = args[3] or 0, args[4], args[5]
+    end = 2**63 - 1 if end is None else end
+    if not isinstance(start, int) or not isinstance(end, int) or start < 0 or step not in (None, 1):
+        return dim, -1, -1
+    return dim, start, end
+
+
+def _copied(graph: fx.Graph, part: fx.Node) -> fx.Node:
+    """What ``copy(target, value)`` gives, without the target."""
+    if part.target is not aten.copy.default:
+        return part
+    value = cast("fx.Node", part.args[1])
+    like, have = part.meta["val"], value.meta["val"]
+    if have.ndim != like.ndim:
+        return part
+    if have.dtype != like.dtype:
+        value = graph.call_function(aten._to_copy.default, (value,), {"dtype": like.dtype})
+        value.meta = {**part.meta, "val": have.to(like.dtype)}
+    sizes = [
+        -1 if statically_known_true(old == new) else new
+        for old, new in zip(have.shape, like.shape, strict=True)
+    ]
+    if all(size == -1 for size in sizes):
+        return value
+    spread = graph.call_function(aten.expand.default, (value, sizes))
+    spread.meta = {**part.meta, "val": value.meta["val"].expand(sizes)}
+    return spread
+
+
 def _origin(value: Any) -> Any:
     while isinstance(value, fx.Node) and value.target in (aten.clone.default, aten.alias.default):
         value = value.args[0]
@@ -160,6 +235,7 @@ _RULES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
     aten.sym_constrain_range.default: _erase,
     aten.cat.default: _drop_empty_operands,
     aten.index_put.default: _dense_masked_update,
+    aten.slice_scatter.default: _join_written_parts,
 }
 
 

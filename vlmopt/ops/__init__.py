@@ -1,4 +1,4 @@
-"""Operators of vlmopt that compute: scores and selections that no ATen operator gives."""
+"""Operators of vlmopt that compute what no ATen operator gives: scores, selections, experts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 
-from vlmopt.ops import attention, attention_gradient, selection  # noqa: F401 - registers gradients
+from vlmopt.ops import (  # noqa: F401 - registers gradients
+    attention,
+    attention_gradient,
+    experts,
+    selection,
+)
 
 _own = torch.ops.vlmopt
 
 DECOMPOSITIONS: Mapping[Any, Callable[..., torch.Tensor]] = {
     _own.attention_rows.default: attention.attention_rows_reference,
     _own.attention_mass.default: attention.attention_mass_reference,
+    _own.grouped_mm.default: experts.grouped_mm_reference,
     _own.farthest_point.default: selection.farthest_point_steps,
     _own.greedy_log_det.default: selection.greedy_log_det_steps,
     _own.facility_location.default: selection.facility_location_steps,

@@ -18,6 +18,7 @@ from vlmopt.analysis.token_axes import (
     B1,
     B,
     Dims,
+    Sorted,
     T,
     TokenAxes,
     has_tokens,
@@ -88,6 +89,9 @@ def _rewrite_sizes(
         if source is not None and has_tokens(source[along]):  # type: ignore[index]
             _rewrite_part(node, axes.special)
         return
+    if node.target is aten.index_put.default and node in axes.dims:
+        _rewrite_count(axes, emit, node, length)
+        return
     position = SIZE_ARGUMENTS.get(cast("Any", node.target))
     if position is None or node not in axes.dims:
         return
@@ -98,6 +102,15 @@ def _rewrite_sizes(
             with emit.graph.inserting_before(node):
                 sizes[index] = _materialise(axes, emit, dim, length)
     node.update_arg(position, sizes)
+
+
+def _rewrite_count(axes: TokenAxes, emit: Emitter, node: fx.Node, length: int | fx.Node) -> None:
+    """The numbers ``0, 1, 2, ...`` that are written where sorted rows came from."""
+    numbers = cast("fx.Node", node.args[2])
+    with emit.graph.inserting_before(node):
+        size = _materialise(axes, emit, axes.dims[node][0], length)
+        fewer = emit.call(aten.arange.default, size, **numbers.kwargs, name="numbers")
+    node.update_arg(2, fewer)
 
 
 def _rewrite_part(node: fx.Node, special: int) -> None:
@@ -138,6 +151,7 @@ def _materialise(axes: TokenAxes, emit: Emitter, dim: tuple[Any, ...], length: A
             f"a size is {expression}, which is not known when the graph is rewritten",
             hint="capture with a static batch and prompt length",
         )
+    expression = sympy.expand(expression.replace(Sorted, lambda size, _: size))
     slope = expression.coeff(T, 1)
     offset = expression.coeff(T, 0)
     if not (slope.is_number and offset.is_number):

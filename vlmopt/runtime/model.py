@@ -120,11 +120,14 @@ class Specialisation:
         self._decode = compile_stage(self.decode_stage, backend)
 
     def prefill(self, values: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, RaggedCache]:
-        """Hidden states of the tokens that are left, and the cache to continue from."""
+        """What the decoder returns for the tokens that are left, and the cache to continue from.
+
+        That is hidden states, or logits where the decoder is a language model with its head.
+        """
         stage = self.prefill_stage
         results = self._prefill(*_arguments(stage, values))
         by_role: dict[Role, list[torch.Tensor]] = {
-            role: [] for role in (Role.HIDDEN_STATES, Role.KEY, Role.VALUE)
+            role: [] for role in (Role.HIDDEN_STATES, Role.LOGITS, Role.KEY, Role.VALUE)
         }
         kept: dict[str, torch.Tensor] = {}
         for port, value in zip(stage.outputs, results, strict=True):
@@ -135,7 +138,7 @@ class Specialisation:
         cache = RaggedCache(kept, stage.facts["tokens"], self)
         for layer, pair in enumerate(zip(by_role[Role.KEY], by_role[Role.VALUE], strict=True)):
             cache.update(*pair, layer)
-        return by_role[Role.HIDDEN_STATES][0], cache
+        return (by_role[Role.HIDDEN_STATES] + by_role[Role.LOGITS])[0], cache
 
     def decode(self, values: Mapping[str, Any], cache: RaggedCache) -> torch.Tensor:
         """Logits of one more token; ``cache`` grows by it."""
@@ -413,7 +416,9 @@ class Engine:
         values["position_ids"] = _positions(
             specialisation.prefill_stage, values.get("position_ids"), modality
         )
-        return specialisation.prefill(values)
+        result, cache = specialisation.prefill(values)
+        last = kwargs.get("logits_to_keep")
+        return (result[:, -last:] if last else result), cache
 
 
 def _grids(inputs: Mapping[str, Any], modality: torch.Tensor) -> str:
