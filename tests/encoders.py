@@ -11,7 +11,7 @@ from oracles.vit import Parts
 from torch import Tensor, nn
 from torch.nn import functional
 
-IMAGE, PATCH, DEPTH = 40, 8, 4
+IMAGE, PATCH, DEPTH = 40, 8, 3
 PATCHES = (IMAGE // PATCH) ** 2
 
 _CONFIG: dict[str, Any] = {

@@ -2,7 +2,8 @@
 
 The result is a shallow twin of the user's Hugging Face model: same class, same weights, same
 ``generate()``. Its decoder hands prompts with images to the rewritten prefill stage, and decoding
-steps go to the rewritten decode stage; everything else runs as it was.
+steps go to the rewritten decode stage; so does its vision encoder, where a pass has rewritten
+that. Everything else runs as it was.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
+from vlmopt.runtime.encoder import RewrittenEncoder, encoder_module, rewritten_encoder
 from vlmopt.tracing import capture, layout_of, modality_of
 
 _log = logging.getLogger("vlmopt")
@@ -197,8 +199,10 @@ class Engine:
         self.specialisations: dict[_Key, Specialisation] = {}
         self._fixed = False  # whether graphs are made for one layout of prompts
         self._running = threading.local()  # the prompt, between the model's forward and decoder's
+        self._encoder: RewrittenEncoder | None = None
         decoder = model.get_decoder()
-        self.twin, inner = _twin(model, decoder)
+        self.twin = copy.copy(model)
+        inner = _own(self.twin, decoder)
         self.twin.vlmopt = self
         # generate() reads the signatures
         self.twin.forward = update_wrapper(partial(self._forward), model.forward)
@@ -222,7 +226,52 @@ class Engine:
         made = Specialisation(program, report, self.backend)
         self._fixed = bool(key.layout)
         self.specialisations[key] = made
+        stage = rewritten_encoder(program)
+        if stage is not None:
+            self._take_over_encoder().add(stage)
         return made
+
+    def _take_over_encoder(self) -> RewrittenEncoder:
+        """From now on images are encoded by rewritten stages."""
+        if self._encoder is None:
+            module: Any = encoder_module(self.model)
+            self._encoder = RewrittenEncoder(
+                module, partial(compile_stage, backend=self.backend)
+            )
+            own = _own(self.twin, module)
+            own.forward = update_wrapper(partial(self._encode), module.forward)
+            # it encodes images before it calls forward()
+            self.twin.generate = update_wrapper(partial(self._generate), self.model.generate)
+        return self._encoder
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        named = {**kwargs, "input_ids": args[0]} if args else dict(kwargs)
+        if named.get("inputs") is not None:
+            named["input_ids"] = named.pop("inputs")
+        self._running.generating = named
+        try:
+            return type(self.model).generate(self.twin, *args, **kwargs)
+        finally:
+            self._running.generating = None
+
+    def _encode(self, *args: Any, **kwargs: Any) -> Any:
+        """``forward`` of the twin's vision encoder."""
+        encoder = self._encoder
+        assert encoder is not None, "taken over"
+        values = encoder.named(args, kwargs)
+        if not encoder.knows(values):
+            prompt = getattr(self._running, "prompt", None)
+            inputs = prompt[1] if prompt else getattr(self._running, "generating", None)
+            if inputs is not None:
+                self._specialise(inputs)
+        return encoder(values)
+
+    def _specialise(self, inputs: dict[str, Any], key: _Key | None = None) -> Specialisation:
+        """Capture and rewrite for a prompt of a new shape."""
+        _log.info("capturing prompts of shape %s", key or "unknown yet")
+        program = self.capture(_generate_inputs(inputs))
+        report = self.rewrite(program)
+        return self.add(key or _Key.of(program["language_model"]), program, report)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """``forward`` of the twin: a decoding step, or a prompt through the original's code."""
@@ -327,9 +376,7 @@ class Engine:
         key = _Key(modality.shape[0], modality.shape[1], visual, padded, layout)
         specialisation = self.specialisations.get(key)
         if specialisation is None:
-            _log.info("capturing prompts of shape %s", key)
-            program = self.capture(_generate_inputs(inputs))
-            specialisation = self.add(key, program, self.rewrite(program))
+            specialisation = self._specialise(inputs, key)
         values = dict(_leaves(kwargs)) | {"modality": modality}
         if "attention_mask" not in values:
             values["attention_mask"] = (modality != Modality.PADDING).long()
@@ -390,15 +437,16 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves({str(i): item for i, item in enumerate(value)}, f"{name}_")
 
 
-def _twin(model: Any, inner: nn.Module) -> tuple[Any, Any]:
-    """Shallow copies of ``model`` and, in its place within it, of ``inner``.
+def _own(twin: nn.Module, inner: nn.Module) -> Any:
+    """A shallow copy of ``inner`` in its place within ``twin``, itself a copy of a model.
 
-    The originals stay as they are; everything else, weights included, is shared.
+    The modules around it are copied too, so that the originals stay as they are; everything else,
+    weights included, is shared.
     """
-    path = next(name for name, module in model.named_modules() if module is inner)
-    twin = module = copy.copy(model)
+    path = next(name for name, module in twin.named_modules() if module is inner)
+    module: Any = twin
     for name in path.split("."):
         module._modules = dict(module._modules)
         module._modules[name] = copy.copy(module._modules[name])
         module = module._modules[name]
-    return twin, module
+    return module
