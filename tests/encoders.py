@@ -39,8 +39,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         x = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0)
-        x = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
-        return x
+        out: Tensor = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        return out
 
 
 class Block(nn.Module):

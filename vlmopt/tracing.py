@@ -272,7 +272,11 @@ def _export_stage(name: str, module: nn.Module, kwargs: dict[str, Any]) -> Stage
     config = DynamoConfig(
         dynamic=False, dynamic_shapes=_decode_shapes(kwargs) if name == "decode" else None
     )
-    kwargs |= {key: constants[key] for key in ("use_cache", "return_dict", "output_hidden_states") if key in constants}
+    kwargs |= {
+        key: constants[key]
+        for key in ("use_cache", "return_dict", "output_hidden_states")
+        if key in constants
+    }
     try:
         exported, _ = DynamoExporter().export_program(module, kwargs, config)  # type: ignore[arg-type]
         graph_module, leaves = canonical_graph(exported)

@@ -8,13 +8,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-import vlmopt.ops  # noqa: F401 - registers vlmopt::attention_rows
-from vlmopt.analysis.encoder import Encoder
-from vlmopt.errors import ArtifactError, OptionError, PreconditionError
+from vlmopt.errors import OptionError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.merge import Match
 from vlmopt.passes.tokens.saliency import read_prior
-from vlmopt.passes.tokens.vit import MergePoint, TokenMerge
+from vlmopt.passes.tokens.vit import MergePoint, TokenMerge, evenly
 from vlmopt.pipeline.options import option, override
 from vlmopt.program import Program
 
@@ -63,27 +61,11 @@ class SadTM(TokenMerge):
             read_prior(self.prior, program)
         super().requires(program)
 
-    def counts(self, encoder: Encoder) -> dict[int, int]:
-        depth = len(encoder.layers)
-        start = depth // 4 if self.tau < 0 else self.tau
-        if start >= depth:
-            raise PreconditionError(
-                f"{self.name} has no block to merge in: tau is {start}, and stage "
-                f"{encoder.stage.name} has {depth} blocks"
-            )
-        initial = self.initial()
-        if initial is not None and len(initial) != encoder.patches:
-            raise ArtifactError(
-                f"{self.prior} is for images of {len(initial)} patches, these have "
-                f"{encoder.patches}",
-                hint="calibrate with images of this size",
-            )
-        patches = encoder.patches
-        share = Fraction(str(self.mr))
-        if self.keep:
-            share = Fraction(patches - self.left(patches), patches * (depth - start))
-        left = [max(1, round(patches * (1 - share * at))) for at in range(depth - start + 1)]
-        return {start + at: left[at] - left[at + 1] for at in range(depth - start)}
+    def blocks(self, depth: int) -> range:
+        return range(depth // 4 if self.tau < 0 else self.tau, depth)
+
+    def wanted(self, patches: int, blocks: int) -> list[int]:
+        return evenly(patches, patches * Fraction(str(self.mr)), blocks)
 
     def initial(self) -> Tensor | None:
         return read_prior(self.prior) if self.beta else None
@@ -106,19 +88,7 @@ class SadTM(TokenMerge):
         every = torch.ones_like(at.size[:, at.special :], dtype=torch.bool)
         total = torch.zeros_like(at.size[:, at.special :])
         if self.alpha:
-            total = total + self.alpha * select.min_max(self.attention(at), every)
+            total = total + self.alpha * select.min_max(at.attention(), every)
         if at.carried is not None:
             total = total + self.beta * select.min_max(at.carried[:, at.special :], every)
         return total
-
-    @staticmethod
-    def attention(at: MergePoint) -> Tensor:
-        """Attention that the patches get, mean over heads: float32 ``[batch, patches]``."""
-        mask = None if at.bias is None else at.bias[:, None, None]
-        if at.special:
-            first = at.query[:, :, :1]
-            rows = torch.ops.vlmopt.attention_rows(first, at.key, mask, None, at.scale)
-        else:
-            weights = torch.full_like(at.size[:, None], 1 / at.size.shape[1])
-            rows = torch.ops.vlmopt.attention_mass(at.query, at.key, weights, mask, False, at.scale)
-        return rows.mean(1)[:, 0, at.special :]

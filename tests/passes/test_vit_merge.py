@@ -14,8 +14,6 @@ from oracles import vit
 from torch import Tensor
 
 import vlmopt
-from vlmopt.analysis.encoder import find_encoder
-from vlmopt.errors import ArtifactError, OptionError, PreconditionError
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Program, Stage
 
@@ -90,7 +88,12 @@ def test_merging_equals_its_eager_reference(name: str, method: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llava", "tome"), ("vipllava", "sad-tm"), ("internvl", "tome"), ("llava_onevision", "sad-tm")],
+    [
+        ("llava", "tome"),
+        ("vipllava", "sad-tm"),
+        ("internvl", "tome"),
+        ("llava_onevision", "sad-tm"),
+    ],
 )
 def test_merging_in_a_vision_language_model(family: str, method: str) -> None:
     """Every patch has its row again where the projector reads it."""

@@ -235,9 +235,7 @@ class Engine:
         """From now on images are encoded by rewritten stages."""
         if self._encoder is None:
             module: Any = encoder_module(self.model)
-            self._encoder = RewrittenEncoder(
-                module, partial(compile_stage, backend=self.backend)
-            )
+            self._encoder = RewrittenEncoder(module, partial(compile_stage, backend=self.backend))
             own = _own(self.twin, module)
             own.forward = update_wrapper(partial(self._encode), module.forward)
             # it encodes images before it calls forward()
