@@ -25,6 +25,10 @@ _CONFIG: dict[str, Any] = {
 }
 
 
+ATTENTION: dict[str, Any] = {"attn_mask": None, "is_causal": False}
+"""What :class:`Attention` hides."""
+
+
 class Attention(nn.Module):
     """As timm writes it: one projection of query, key and value."""
 
@@ -38,7 +42,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        x = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.0)
+        x = functional.scaled_dot_product_attention(query, key, value, **ATTENTION)
         out: Tensor = self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
         return out
 

@@ -1,8 +1,8 @@
-"""Calibration: what a pass must know about a model beforehand, measured on sample prompts.
+"""Calibration: what a pass must know about a model beforehand, measured on sample inputs.
 
-A calibrated pass names variants of a program: a head silenced, all visual tokens gone from some
-layer on. Each sample is answered by the untouched program and by every variant, and the pass makes
-an artifact of how far the answers lie apart.
+A calibrated pass measures a row of values on each sample, and makes an artifact of all rows. Many
+compare: each sample is answered by the untouched program and by variants of it, such as one with a
+head silenced, or without any visual token from some layer on.
 """
 
 from __future__ import annotations
@@ -25,24 +25,42 @@ from vlmopt.tracing import capture
 
 Variant = Callable[[Program], Any]
 Sample = Mapping[str, Any]
+Measure = Callable[[Sample], list[float]]
 
 
 class Calibrated(ABC):
     """What a pass that can be calibrated adds to :class:`~vlmopt.pipeline.passes.Pass`."""
 
     @abstractmethod
-    def variants(self, program: Program) -> list[Variant]:
-        """Rewrites of the program in place, whose answers are compared with its own."""
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        """A function that gives the values of one sample, as many for each.
+
+        Args:
+            program: the captured model, and the sample that it was captured with.
+        """
 
     @abstractmethod
-    def conclude(self, divergences: Tensor) -> dict[str, Any]:
+    def conclude(self, rows: Tensor) -> dict[str, Any]:
         """The values of the artifact.
 
         Args:
-            divergences: float64 ``[samples, variants]``, Kullback-Leibler divergence in nats of
-                the next token's distribution of each variant from that of the untouched program,
-                mean over the batch of a sample.
+            rows: what was measured, float64 ``[samples, values]``.
         """
+
+
+class Compared(Calibrated):
+    """A calibrated pass that compares answers.
+
+    Its rows are the Kullback-Leibler divergence in nats of the next token's distribution of each
+    variant from that of the untouched program, mean over the batch of a sample.
+    """
+
+    @abstractmethod
+    def variants(self, program: Program) -> list[Variant]:
+        """Rewrites of the program in place, whose answers are compared with its own."""
+
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        return _Answers(model, self.variants(program), program, sample).divergences
 
 
 def calibrate(
@@ -60,7 +78,7 @@ def calibrate(
     it goes on from there, and deletes that file in the end.
 
     Args:
-        model: a Hugging Face vision-language model.
+        model: a Hugging Face model; run in eval mode, left as it was.
         samples: inputs as its processor returns them, always in the same order.
         passes: the pass, with options.
         path: JSON file to write.
@@ -87,54 +105,54 @@ def calibrate(
     if total == 0:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
     done = _Partial(path.with_name(path.name + ".partial"), str(passes))
-    answers = _Answers(model, passes)
-    count = 0
-    for count, sample in enumerate(samples, start=1):
-        if count > len(done.rows):
-            done.add(answers.divergences(sample))
-        elif not answers.engines:
-            answers.prepare(sample)
-        if progress is not None:
-            progress(count, total)
-    if not count:
+    program: Program | None = None
+    measure: Measure | None = None
+    training = model.training
+    model.eval()
+    try:
+        for count, sample in enumerate(samples, start=1):
+            if program is None:
+                first, program = sample, capture(model, dict(sample))
+            if count > len(done.rows):
+                measure = measure or passes.measure(model, program, first)
+                done.add(measure(sample))
+            if progress is not None:
+                progress(count, total)
+    finally:
+        model.train(training)
+    if program is None:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
     values = passes.conclude(torch.tensor(done.rows, dtype=torch.float64))
     values = {"options": str(passes), "samples": len(done.rows), **values}
-    assert answers.program is not None
-    artifacts.write(path, passes.name, answers.program, values, overwrite=overwrite)
+    artifacts.write(path, passes.name, program, values, overwrite=overwrite)
     done.remove()
     return values
 
 
 class _Answers:
-    """The next token's distribution, by the untouched program and by its variants."""
+    """The next token's distribution, by the untouched program and by its variants.
 
-    def __init__(self, model: Any, passes: Calibrated) -> None:
+    Args:
+        program: the model as captured with ``sample``.
+    """
+
+    def __init__(
+        self, model: Any, variants: Sequence[Variant], program: Program, sample: Sample
+    ) -> None:
         self.model = model
-        self.passes = passes
-        self.program: Program | None = None
-        self.engines: list[Engine] = []
-        self._captured: tuple[Sample, Program] | None = None
-        self._sample: Sample = {}
-
-    def prepare(self, sample: Sample) -> None:
-        """Make an engine for each variant."""
+        self._captured = sample, program
         self._sample = sample
-        self.program = self._capture(dict(sample))
-        variants = self.passes.variants(self.program)
-        self.engines = [Engine(self.model, variant, "eager") for variant in variants]
+        self.engines = [Engine(model, variant, "eager") for variant in variants]
         for engine in self.engines:
             engine.capture = self._capture
 
     def _capture(self, inputs: dict[str, Any]) -> Program:
         """One capture serves all variants of a sample."""
-        if self._captured is None or self._captured[0] is not self._sample:
+        if self._captured[0] is not self._sample:
             self._captured = self._sample, capture(self.model, inputs)
         return self._captured[1].clone()
 
     def divergences(self, sample: Sample) -> list[float]:
-        if not self.engines:
-            self.prepare(sample)
         self._sample = sample
         with torch.no_grad():
             reference = _next_token(self.model, sample)

@@ -23,7 +23,7 @@ from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.passes.tokens.merge import Match, merge_mean, merge_sum, places
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
-from vlmopt.program import Program, Stage
+from vlmopt.program import Program
 from vlmopt.rewrite.merging import BlockMerging
 from vlmopt.rewrite.tokens import remove_unused
 
@@ -161,7 +161,7 @@ class TokenMerge(Pass):
                 "has already",
                 hint="merge in each encoder with one pass",
             )
-        encoder = _encoder(stage.clone())
+        encoder = encoder_of(program)
         self.counts(encoder)
         initial = self.initial()
         if initial is not None and len(initial) != encoder.patches:
@@ -173,12 +173,13 @@ class TokenMerge(Pass):
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         stage = encoder_stage(program)
-        wanted = self.counts(_encoder(stage.clone()))
+        wanted = self.counts(encoder_of(program))
         counts = {block: count for block, count in wanted.items() if count}
         if not counts:
             ctx.remark("no token is to be merged in any block", stage=stage.name)
             return PassResult(False, len(wanted), {"tokens_merged": 0})
-        encoder = _encoder(stage)
+        drop_constant_masks(stage.graph)
+        encoder = find_encoder(stage)
         merging = BlockMerging(
             encoder, ctx, prefix=self.name, first=min(counts), restore=self.restore
         )
@@ -233,6 +234,12 @@ def evenly(patches: int, share: Fraction, blocks: int) -> list[int]:
     return [before - after for before, after in pairwise(left)]
 
 
-def _encoder(stage: Stage) -> Encoder:
+def encoder_of(program: Program) -> Encoder:
+    """What is known of a program's vision encoder; the program stays as it is.
+
+    Raises:
+        PreconditionError: it has none in which all patches of an image attend to all.
+    """
+    stage = encoder_stage(program).clone()
     drop_constant_masks(stage.graph)
     return find_encoder(stage)
