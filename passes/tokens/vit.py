@@ -85,6 +85,7 @@ class TokenMerge(Pass):
     family = "tokens"
     phase = Phase.REDUCE
     semantics = Semantics.LOSSY
+    needs_capture = True
 
     keep: float | int = option(
         0,

@@ -203,9 +203,9 @@ def tome(seen: Seen, count: int) -> tuple[Groups, list[float]]:
     joins = {even: odd for _, even, odd in sorted(edges)[:count]}
     stays = [place for place in places if place not in joins]
     special = [place for place in stays if place < seen.special]
-    even = [place for place in stays if place >= seen.special and place % 2 == 0]
-    odd = [place for place in stays if place >= seen.special and place % 2 == 1]
-    groups = [[to, *(a for a, b in joins.items() if b == to)] for to in special + even + odd]
+    evens = [place for place in stays if place >= seen.special and place % 2 == 0]
+    odds = [place for place in stays if place >= seen.special and place % 2 == 1]
+    groups = [[to, *(a for a, b in joins.items() if b == to)] for to in special + evens + odds]
     return groups, [float(len(token.members)) for token in seen.tokens]
 
 

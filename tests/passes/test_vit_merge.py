@@ -16,6 +16,7 @@ import torch
 import zoo
 from oracles import vit
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 import vlmopt
 from vlmopt import artifacts
@@ -280,6 +281,11 @@ def test_a_prior_of_other_images_is_refused(tmp_path: Path) -> None:
         rewritten("deit", f"sad-tm{{prior={path}}}")
 
 
+@functools.cache
+def vision_language(family: str) -> Program:
+    return vlmopt.capture(zoo.build(family, layers=1), zoo.inputs(family))
+
+
 def refused(program: Program, message: str, pipeline: str = "tome{r=2}") -> None:
     before = [stage_text(stage) for stage in program]
     with pytest.raises(PreconditionError, match=message):
@@ -288,17 +294,17 @@ def refused(program: Program, message: str, pipeline: str = "tome{r=2}") -> None
 
 
 def test_patches_of_all_images_in_one_row_are_refused() -> None:
-    program = vlmopt.capture(zoo.build("qwen2_5_vl", layers=1), zoo.inputs("qwen2_5_vl"))
-    refused(program, "the patches of all images in one row")
+    refused(vision_language("qwen2_5_vl"), "the patches of all images in one row")
 
 
 def test_patches_that_an_input_hides_are_refused() -> None:
-    program = vlmopt.capture(zoo.build("smolvlm", layers=1), zoo.inputs("smolvlm"))
-    refused(program, "hides some patches from others, as patch_attention_mask says")
+    refused(
+        vision_language("smolvlm"), "hides some patches from others, as patch_attention_mask says"
+    )
 
 
 def test_rows_that_the_language_model_needs_are_restored() -> None:
-    program = vlmopt.capture(zoo.build("llava", layers=1), zoo.inputs("llava"))
+    program = vision_language("llava")
     refused(program, "the language model has a place for each patch", "tome{r=2 restore=false}")
 
 
@@ -331,8 +337,17 @@ def test_causal_and_masked_blocks_are_refused() -> None:
     assert nothing["model"].facts["merges"][-1]["tokens"] == [22, 20]
 
 
+def test_torch_compile_does_not_leave_merging_out() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        encoders.build("vit"), backend="vlmopt", options={"passes": "tome", "lowering": "eager"}
+    )
+    with pytest.raises(BackendCompilerFailed, match="tome rewrites the vision encoder, which"):
+        compiled(encoders.images())
+
+
 def test_a_program_without_an_encoder_is_refused() -> None:
-    program = vlmopt.capture(zoo.build("llava", layers=1), zoo.inputs("llava"))
+    program = vision_language("llava").clone()
     del program.stages["vision_encoder"]
     refused(program, "has no vision encoder: its stages are")
 
