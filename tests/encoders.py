@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ _CONFIG: dict[str, Any] = {
 
 ATTENTION: dict[str, Any] = {"attn_mask": None, "is_causal": False}
 """What :class:`Attention` hides."""
+
+
+_LABELS: dict[str, Any] = {"num_labels": 5}
 
 
 class Attention(nn.Module):
@@ -65,10 +68,13 @@ class TimmLike(nn.Module):
 
     Args:
         pool: ``token`` classifies by the class token, ``avg`` by the mean of the patches.
+        registers: learned tokens behind the class token.
     """
 
-    def __init__(self, pool: str = "token", width: int = 32) -> None:
+    def __init__(self, pool: str = "token", width: int = 32, registers: int = 0) -> None:
         super().__init__()
+        self.special = 1 + registers
+        self.registers = nn.Parameter(torch.randn(1, registers, width)) if registers else None
         self.pool = pool
         self.patch_embed = nn.Conv2d(3, width, PATCH, stride=PATCH)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
@@ -80,21 +86,25 @@ class TimmLike(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
+        if self.registers is not None:
+            learned = self.registers.expand(x.shape[0], -1, -1)
+            x = torch.cat((x[:, :1], learned, x[:, 1:]), dim=1)
         x = self.norm(self.blocks(x))
-        logits: Tensor = self.head(x[:, 0] if self.pool == "token" else x[:, 1:].mean(1))
+        pooled = x[:, 0] if self.pool == "token" else x[:, self.special :].mean(1)
+        logits: Tensor = self.head(pooled)
         return logits
 
 
 def _vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(**_CONFIG, num_labels=5))
+    return ViTForImageClassification(ViTConfig(**_CONFIG, **_LABELS))
 
 
 def _deit() -> Any:
     from transformers import DeiTConfig, DeiTForImageClassification
 
-    return DeiTForImageClassification(DeiTConfig(**_CONFIG, num_labels=5))
+    return DeiTForImageClassification(DeiTConfig(**_CONFIG, **_LABELS))
 
 
 def _siglip() -> Any:
@@ -142,7 +152,7 @@ ENCODERS = {
     "siglip": Kind(_siglip, Parts("encoder.layers", 0), dense=True),
     "clip": Kind(_clip, Parts("encoder.layers", 1), dense=True),
     "timm": Kind(TimmLike, _TIMM, dense=False),
-    "timm-avg": Kind(lambda: TimmLike("avg"), _TIMM, dense=True),
+    "timm-avg": Kind(lambda: TimmLike("avg", registers=3), replace(_TIMM, special=4), dense=True),
 }
 
 TOWERS = {

@@ -71,7 +71,8 @@ def common_saliency(model: nn.Module, sample: Mapping[str, Any], patches: int) -
             hint="give samples as the processor returns them, with pixel_values",
         )
     images = sample[names[0]].detach().clone().requires_grad_()
-    patch = _patch(*images.shape[-2:], patches)
+    height, width = images.shape[-2:]
+    patch = _patch(height, width, patches)
     with torch.enable_grad():
         output = model(**{**sample, names[0]: images})
         (gradient,) = torch.autograd.grad(_predicted_loss(output), images)

@@ -308,7 +308,7 @@ def test_rows_that_the_language_model_needs_are_restored() -> None:
     refused(program, "the language model has a place for each patch", "tome{r=2 restore=false}")
 
 
-class Masked(encoders.TimmLike):
+class Masked(encoders.TimmLike):  # type: ignore[misc]
     """Attention with a mask that is made anew in each run, or a decoder's."""
 
     def __init__(self, mask: Callable[[], Tensor] | None, causal: bool = False) -> None:

@@ -62,7 +62,7 @@ def build_vit(size: Size, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     """A ``ViTForImageClassification`` with random weights, in eval mode."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]
         hidden_size=size.width,
         intermediate_size=4 * size.width,
         num_hidden_layers=size.layers,

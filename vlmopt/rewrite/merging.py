@@ -55,10 +55,10 @@ class BlockMerging:
 
         Args:
             step: ``(tokens, query, key, scale, state)``, the values between the two halves of the
-                block and what the step before returned, empty at first. Returns at least
-                ``tokens``, the rows that are left; ``slots``, int64 ``[batch, left]``, where they
-                were; ``places``, int64 ``[batch, original]``, what became of each original token;
-                and ``size``, float32 ``[batch, left]``, how many of them each stands for.
+                block and what the step before returned, empty at first. Returns ``tokens``, the
+                rows that are left; ``slots``, int64 ``[batch, left]``, where they were; ``size``,
+                float32 ``[batch, left]``, how many original tokens each stands for; ``places``,
+                int64 ``[batch, original]``, what became of these; and what else it carries along.
         """
         middle = sublayers(self.encoder.layers, block).middle
         attention = attention_of(self.encoder.layers, block)
@@ -78,7 +78,8 @@ class BlockMerging:
         anchor = middle.next
         emit = self._emitter(middle)
         with self.graph.inserting_before(anchor):
-            values = emit.trace(flat, middle, query, key, *self._state.values())
+            given = (middle, query, key, *self._state.values())
+            values = emit.trace(flat, *given, names=("out", "slots", "size", "places", "carried"))
         self._state = dict(zip(found, values, strict=True))
         rows, slots = self._state.pop("tokens"), self._state.pop("slots")
         frontier: dict[fx.Node, fx.Node] = {}
