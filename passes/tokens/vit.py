@@ -60,15 +60,16 @@ class MergePoint:
         Where there is none, that of all patches, on average.
 
         Returns:
-            float32 ``[batch, patches]``.
+            float32 ``[batch, patches]``, without gradient.
         """
+        query, key = self.query.detach(), self.key.detach()
         mask = None if self.bias is None else self.bias[:, None, None]
         if self.special:
-            first = self.query[:, :, :1]
-            rows = torch.ops.vlmopt.attention_rows(first, self.key, mask, None, self.scale)
+            first = query[:, :, :1]
+            rows = torch.ops.vlmopt.attention_rows(first, key, mask, None, self.scale)
         else:
             share = torch.full_like(self.size[:, None], 1 / self.size.shape[1])
-            given = (self.query, self.key, share, mask, False, self.scale)
+            given = (query, key, share, mask, False, self.scale)
             rows = torch.ops.vlmopt.attention_mass(*given)
         mean: Tensor = rows.mean(1)[:, 0, self.special :]
         return mean

@@ -190,6 +190,21 @@ def test_nothing_merged_is_nothing_changed(pipeline: str) -> None:
     assert "merges" not in stage.facts
 
 
+@pytest.mark.parametrize("method", ["tome", "sad-tm"])
+def test_gradients_flow(method: str) -> None:
+    """To the pixels; what is chosen, and in sad-tm its weight, carries none."""
+    stage = rewritten("deit", text(method, prop=True))
+    images = encoders.images().requires_grad_()
+    (logits,) = stage.graph_module(images)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), images)
+    step = 1e-3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+    up, down = (run(stage, images.detach() + sign * step)[0].square().sum() for sign in (1, -1))
+    slope = float((gradient * step).sum())
+    assert abs(slope) > 1e-3
+    if method == "tome":
+        assert float(up - down) / 2 == pytest.approx(slope, rel=0.05)
+
+
 def test_inductor_merges_the_same() -> None:
     stage, images = rewritten("deit", "tome{r=3 layers=0,1}"), encoders.images(seed=1)
     with torch.no_grad():
