@@ -62,7 +62,13 @@ def vlmopt_backend(
     chosen = _Options.read(options or {}, mode)
     if chosen.passes is None:
         return chosen.lower(gm, example_inputs)
-    parse_pipeline(chosen.passes)  # a mistake in it must not wait for a graph with an image
+    # a mistake in it must not wait for a graph with an image
+    for one in parse_pipeline(chosen.passes):
+        if one.needs_capture:
+            raise OptionError(
+                f"{one.name} rewrites the vision encoder, which torch.compile does not show apart",
+                hint="vlmopt.optimize(model, inputs, passes)",
+            )
     shown = None
     if may_hold_visual_tokens(gm, marked=annotated_model_runs()):
         shown = _shown_tokens(gm, options)

@@ -1,9 +1,9 @@
-"""Calibration: what a pass must know about a model beforehand, measured on sample prompts.
+"""Calibration: what a pass must know about a model beforehand, measured on sample inputs.
 
-A calibrated pass names variants of a program: a head silenced, all visual tokens gone from some
-layer on. Each sample is answered by the untouched program and by every variant, and the pass makes
-an artifact of how far the answers lie apart. A measured pass looks at what the language model
-reads instead.
+A calibrated pass measures each sample, and makes an artifact of all that it found. Many compare:
+each sample is answered by the untouched program and by variants of it, such as one with a head
+silenced, or without any visual token from some layer on. Others look at what enters the language
+model.
 """
 
 from __future__ import annotations
@@ -26,31 +26,54 @@ from vlmopt.tracing import capture, modality_of
 
 Variant = Callable[[Program], Any]
 Sample = Mapping[str, Any]
+Measure = Callable[[Sample], Any]
+"""What a sample adds, as JSON values."""
 
 
 class Calibrated(ABC):
     """What a pass that can be calibrated adds to :class:`~vlmopt.pipeline.passes.Pass`."""
 
     @abstractmethod
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        """A function that measures one sample.
+
+        Args:
+            program, sample: the captured model, and the sample that it was captured with.
+        """
+
+    def summarise(self, program: Program, rows: list[Any]) -> dict[str, Any]:
+        """The values of the artifact, from what was measured on each sample."""
+        return self.conclude(torch.tensor(rows, dtype=torch.float64))
+
+    def conclude(self, rows: Tensor) -> dict[str, Any]:
+        """:meth:`summarise` where as many numbers are measured on each sample.
+
+        Args:
+            rows: float64 ``[samples, values]``.
+        """
+        raise NotImplementedError
+
+
+class Compared(Calibrated):
+    """A calibrated pass that compares answers.
+
+    Its rows are the Kullback-Leibler divergence in nats of the next token's distribution of each
+    variant from that of the untouched program, mean over the batch of a sample.
+    """
+
+    @abstractmethod
     def variants(self, program: Program) -> list[Variant]:
         """Rewrites of the program in place, whose answers are compared with its own."""
 
-    @abstractmethod
-    def conclude(self, divergences: Tensor) -> dict[str, Any]:
-        """The values of the artifact.
-
-        Args:
-            divergences: float64 ``[samples, variants]``, Kullback-Leibler divergence in nats of
-                the next token's distribution of each variant from that of the untouched program,
-                mean over the batch of a sample.
-        """
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        return _Answers(model, self.variants(program), program, sample).divergences
 
 
-class Measured(ABC):
-    """What a pass adds that is calibrated on the tokens that enter the language model."""
+class Embedded(Calibrated):
+    """A calibrated pass that looks at what enters the language model."""
 
     @abstractmethod
-    def measure(self, program: Program, hidden: Tensor, modality: Tensor) -> Any:
+    def look(self, program: Program, hidden: Tensor, modality: Tensor) -> Any:
         """What one sample adds, as JSON values.
 
         Args:
@@ -58,9 +81,8 @@ class Measured(ABC):
             modality: int64 ``[batch, tokens]``, values of :class:`~vlmopt.program.Modality`.
         """
 
-    @abstractmethod
-    def summarise(self, program: Program, rows: list[Any]) -> dict[str, Any]:
-        """The values of the artifact, from what :meth:`measure` returned for each sample."""
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        return lambda one: self.look(program, *_entering(model, one))
 
 
 def calibrate(
@@ -78,7 +100,7 @@ def calibrate(
     it goes on from there, and deletes that file in the end.
 
     Args:
-        model: a Hugging Face vision-language model.
+        model: a Hugging Face model; run in eval mode, left as it was.
         samples: inputs as its processor returns them, always in the same order.
         passes: the pass, with options.
         path: JSON file to write.
@@ -93,7 +115,7 @@ def calibrate(
             file is of another calibration.
         VlmoptError: see :func:`vlmopt.capture`.
     """
-    if not isinstance(passes, (Calibrated, Measured)):
+    if not isinstance(passes, Calibrated):
         raise OptionError(
             f"{passes.name} needs no calibration",
             hint="vlmopt passes NAME tells which options take an artifact",
@@ -105,59 +127,54 @@ def calibrate(
     if total == 0:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
     done = _Partial(path.with_name(path.name + ".partial"), str(passes))
-    answers: _Inputs | _Answers
-    answers = _Inputs(model, passes) if isinstance(passes, Measured) else _Answers(model, passes)
-    count = 0
-    for count, sample in enumerate(samples, start=1):
-        if count > len(done.rows):
-            done.add(answers.row(sample))
-        elif answers.program is None:
-            answers.prepare(sample)
-        if progress is not None:
-            progress(count, total)
-    if not count:
+    program: Program | None = None
+    measure: Measure | None = None
+    training = model.training
+    model.eval()
+    try:
+        for count, sample in enumerate(samples, start=1):
+            if program is None:
+                first, program = sample, capture(model, dict(sample))
+            if count > len(done.rows):
+                measure = measure or passes.measure(model, program, first)
+                done.add(measure(sample))
+            if progress is not None:
+                progress(count, total)
+    finally:
+        model.train(training)
+    if program is None:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
-    assert answers.program is not None
-    if isinstance(passes, Measured):
-        values = passes.summarise(answers.program, done.rows)
-    else:
-        values = passes.conclude(torch.tensor(done.rows, dtype=torch.float64))
+    values = passes.summarise(program, done.rows)
     values = {"options": str(passes), "samples": len(done.rows), **values}
-    artifacts.write(path, passes.name, answers.program, values, overwrite=overwrite)
+    artifacts.write(path, passes.name, program, values, overwrite=overwrite)
     done.remove()
     return values
 
 
 class _Answers:
-    """The next token's distribution, by the untouched program and by its variants."""
+    """The next token's distribution, by the untouched program and by its variants.
 
-    def __init__(self, model: Any, passes: Calibrated) -> None:
+    Args:
+        program: the model as captured with ``sample``.
+    """
+
+    def __init__(
+        self, model: Any, variants: Sequence[Variant], program: Program, sample: Sample
+    ) -> None:
         self.model = model
-        self.passes = passes
-        self.program: Program | None = None
-        self.engines: list[Engine] = []
-        self._captured: tuple[Sample, Program] | None = None
-        self._sample: Sample = {}
-
-    def prepare(self, sample: Sample) -> None:
-        """Make an engine for each variant."""
+        self._captured = sample, program
         self._sample = sample
-        self.program = self._capture(dict(sample))
-        variants = self.passes.variants(self.program)
-        self.engines = [Engine(self.model, variant, "eager") for variant in variants]
+        self.engines = [Engine(model, variant, "eager") for variant in variants]
         for engine in self.engines:
             engine.capture = self._capture
 
     def _capture(self, inputs: dict[str, Any]) -> Program:
         """One capture serves all variants of a sample."""
-        if self._captured is None or self._captured[0] is not self._sample:
+        if self._captured[0] is not self._sample:
             self._captured = self._sample, capture(self.model, inputs)
         return self._captured[1].clone()
 
-    def row(self, sample: Sample) -> list[float]:
-        """Divergences of the variants."""
-        if not self.engines:
-            self.prepare(sample)
+    def divergences(self, sample: Sample) -> list[float]:
         self._sample = sample
         with torch.no_grad():
             reference = _next_token(self.model, sample)
@@ -165,36 +182,21 @@ class _Answers:
         return [float(_divergence(reference, other)) for other in found]
 
 
-class _Inputs:
-    """What enters the language model."""
+def _entering(model: Any, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Embeddings of a prompt, and the modality of each."""
+    entered: list[Tensor] = []
 
-    def __init__(self, model: Any, passes: Measured) -> None:
-        self.model = model
-        self.passes = passes
-        self.program: Program | None = None
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        entered.append(kwargs["inputs_embeds"])
 
-    def prepare(self, sample: Sample) -> None:
-        self.program = capture(self.model, dict(sample))
-
-    def row(self, sample: Sample) -> Any:
-        """What the pass measures on the sample."""
-        if self.program is None:
-            self.prepare(sample)
-        assert self.program is not None
-        entered: list[Tensor] = []
-
-        def note(module: Any, args: Any, kwargs: Any) -> None:
-            entered.append(kwargs["inputs_embeds"])
-
-        hook = self.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                self.model(**sample)
-        finally:
-            hook.remove()
-        visual = families.visual_token_ids(self.model.config)
-        modality = modality_of(sample["input_ids"], sample.get("attention_mask"), visual)
-        return self.passes.measure(self.program, entered[0], modality)
+    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**sample)
+    finally:
+        hook.remove()
+    visual = families.visual_token_ids(model.config)
+    return entered[0], modality_of(sample["input_ids"], sample.get("attention_mask"), visual)
 
 
 def _next_token(model: Any, sample: Sample) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmopt.errors import PreconditionError
 from vlmopt.ops.selection import farthest_point
+from vlmopt.passes.tokens.assign import assigned_merge, nearest
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 
@@ -107,7 +108,8 @@ class ApET(TokenDrop):
         else:
             anchors = kept & (rank < kept.sum(-1, keepdim=True) - self.basis)
             rows = self._with_basis(rows, kept & ~anchors, rank, picks)
-        return _average(rows, anchors, valid & ~kept, order)
+        target = torch.where(valid & ~kept, nearest(rows, anchors), place)
+        return assigned_merge(rows, target, torch.ones_like(score))
 
     def _with_basis(self, rows: Tensor, slots: Tensor, rank: Tensor, picks: Tensor) -> Tensor:
         """Rows with the basis at ``slots`` (bool, as many per sample as the basis has)."""
@@ -152,17 +154,3 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
         unit = torch.arange(size, device=matrix.device)[:, None] == at
         system = torch.where(unit, pivot, system - factors * pivot)
     return system[..., size:]
-
-
-def _average(rows: Tensor, anchors: Tensor, leaving: Tensor, order: Tensor) -> Tensor:
-    """Anchors as the mean of themselves and of the leaving tokens most similar to them."""
-    unit = torch.nn.functional.normalize(rows, dim=-1)
-    among = unit.gather(1, order[..., None].expand_as(unit))  # of equal ones the first in rank
-    similarity = unit @ among.transpose(1, 2)
-    ranked_anchors = anchors.gather(1, order)
-    similarity = similarity.masked_fill(~ranked_anchors[:, None], float("-inf"))
-    target = order.gather(1, similarity.argmax(-1))
-    index = target[..., None].expand_as(rows)
-    total = rows.scatter_add(1, index, rows * leaving[..., None])
-    count = torch.ones_like(rows[..., 0]).scatter_add(1, target, leaving.float())
-    return torch.where(anchors[..., None], total / count[..., None], rows)

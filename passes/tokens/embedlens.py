@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 
 from vlmopt import artifacts
 from vlmopt.analysis.modality import embedding_table
-from vlmopt.calibration import Measured
+from vlmopt.calibration import Embedded
 from vlmopt.errors import ArtifactError, OptionError
 from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.base import TokenDrop
@@ -22,7 +22,7 @@ from vlmopt.rewrite.values import CutValues
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedLens(TokenDrop, Measured):
+class EmbedLens(TokenDrop, Embedded):
     """Drop visual tokens that carry nothing: those of the classes of sinks and of dead tokens.
 
     The class of a token shows in the ids of the vocabulary whose embeddings are nearest to it by
@@ -107,7 +107,7 @@ class EmbedLens(TokenDrop, Measured):
             return torch.where(margin >= 0, float(2**25), blind)
         return margin if self.drop == "others" else -margin
 
-    def measure(self, program: Program, hidden: Tensor, modality: Tensor) -> Any:
+    def look(self, program: Program, hidden: Tensor, modality: Tensor) -> Any:
         tokens = hidden[modality == Modality.VISION]
         return classes.measure(tokens, self._table(program), self.anchors, self.top_k)
 

@@ -13,7 +13,7 @@ from vlmopt import artifacts
 from vlmopt.analysis.layers import Layers, find_layers
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
 from vlmopt.analysis.sublayers import attention_of
-from vlmopt.calibration import Calibrated, Variant
+from vlmopt.calibration import Compared, Variant
 from vlmopt.errors import ArtifactError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
@@ -23,7 +23,7 @@ from vlmopt.rewrite.heads import scale_heads
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hawk(TokenDrop, Calibrated):
+class Hawk(TokenDrop, Compared):
     """Keep the visual tokens that the instruction matches in the first layer, positions aside.
 
     The mean query of the text after the image meets the keys of layer 0 without rotary positions;
@@ -63,9 +63,9 @@ class Hawk(TokenDrop, Calibrated):
 
         return [partial(silence, head=head) for head in range(heads)]
 
-    def conclude(self, divergences: Tensor) -> dict[str, Any]:
+    def conclude(self, rows: Tensor) -> dict[str, Any]:
         """How much each head's absence changes answers, above the least such, as shares."""
-        above = divergences - divergences.amin(-1, keepdim=True)
+        above = rows - rows.amin(-1, keepdim=True)
         total = above.sum(-1, keepdim=True)
         shares = torch.where(total > 0, above / total, 1 / above.shape[-1]).mean(0)
         return {"weights": [round(share, 6) for share in shares.tolist()]}

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmopt import artifacts
 from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
-from vlmopt.calibration import Calibrated, Variant
+from vlmopt.calibration import Compared, Variant
 from vlmopt.errors import OptionError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
@@ -21,7 +21,7 @@ from vlmopt.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class InformationHorizon(TokenDrop, Calibrated):
+class InformationHorizon(TokenDrop, Compared):
     """Drop visual tokens where they no longer matter, without asking which.
 
     From some layer on methods that score tokens do no better than chance, and past the horizon
@@ -74,13 +74,13 @@ class InformationHorizon(TokenDrop, Calibrated):
         ends = [InformationHorizon(layers=(layer,), keep=(0.0,)) for layer in range(len(layers))]
         return [partial(run_pipeline, pipeline=[end]) for end in ends]
 
-    def conclude(self, divergences: Tensor) -> dict[str, Any]:
+    def conclude(self, rows: Tensor) -> dict[str, Any]:
         """The withdrawal curve, and from where on it stays at the top.
 
         The curve is the mean over samples of ``exp(-divergence)``, 1 where dropping all visual
         tokens at a layer's entry changes nothing.
         """
-        curve = (-divergences).exp().mean(0)
+        curve = (-rows).exp().mean(0)
         below = [layer for layer, value in enumerate(curve.tolist()) if value < 1 - self.tolerance]
         horizon = below[-1] + 1 if below else 0
         return {

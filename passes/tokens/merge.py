@@ -1,4 +1,4 @@
-"""Merging: which row joins which, what becomes of both, and the way back to all rows.
+"""Merging: which rows become one, and what becomes of them.
 
 Pure tensor functions, shared by all methods. Everything is computed in float32 and handed back in
 the dtype that came in; ties go to the lower index, so that eager, Inductor and ONNX Runtime merge
@@ -28,42 +28,6 @@ class Match(NamedTuple):
     sources: Tensor
     destinations: Tensor
     kept: Tensor
-
-
-def assigned_merge(rows: Tensor, target: Tensor, weight: Tensor, mode: str = "mean") -> Tensor:
-    """Merge each row into the one it is assigned to.
-
-    A row that stays is its own target; rows that leave, and those of total weight 0, are returned
-    as they came. With ``mean`` a row becomes the weighted mean of itself and of those that join
-    it (ToMe's size-weighted merge, the anchors of ApET). With ``sum`` the weighted mean of those
-    that join is added to it, its own weight aside (VisionZip, DUET-VLM).
-
-    Args:
-        rows: ``[batch, tokens, width]``.
-        target: int64 ``[batch, tokens]``. What joins a row that itself leaves is lost.
-        weight: ``[batch, tokens]``, at least 0.
-        mode: ``mean`` or ``sum``.
-
-    Returns:
-        Like ``rows``.
-
-    Raises:
-        ValueError: for any other mode.
-    """
-    if mode not in ("mean", "sum"):
-        raise ValueError(f"mode {mode!r} is neither mean nor sum")
-    place = torch.arange(rows.shape[1], device=rows.device)
-    stays = target == place
-    values, share = rows.float(), weight.float()
-    if mode == "sum":
-        share = torch.where(stays, 0.0, share)
-    index = target[..., None].expand_as(values)
-    total = torch.zeros_like(share).scatter_add(1, target, share)
-    gathered = torch.zeros_like(values).scatter_add(1, index, values * share[..., None])
-    changed = stays & (total > 0)
-    mean = gathered / torch.where(changed, total, 1.0)[..., None]
-    merged = values + mean if mode == "sum" else mean
-    return torch.where(changed[..., None], merged, values).to(rows.dtype)
 
 
 def bipartite_match(metric: Tensor, merged: int, protected: Tensor | None = None) -> Match:
@@ -103,176 +67,44 @@ def bipartite_match(metric: Tensor, merged: int, protected: Tensor | None = None
     return Match(sources, destinations, stay[:, : tokens - merged])
 
 
-def targets(match: Match) -> Tensor:
-    """The row that each row of a match ends up in, itself for those that stay.
+def places(match: Match) -> Tensor:
+    """The place among those that stay of what becomes of each row.
 
     Returns:
-        int64 ``[batch, tokens]``, as :func:`assigned_merge` takes it.
+        int64 ``[batch, tokens]``; rows taken from there give every row what it became part of.
     """
-    batch, merged = match.sources.shape
-    place = torch.arange(merged + match.kept.shape[1], device=match.kept.device)
-    return place.expand(batch, -1).scatter(1, match.sources, match.destinations)
+    batch, kept = match.kept.shape
+    number = torch.arange(kept, device=match.kept.device).expand(batch, -1)
+    stays = number.new_zeros(batch, kept + match.sources.shape[1]).scatter(1, match.kept, number)
+    return stays.scatter(1, match.sources, stays.gather(1, match.destinations))
 
 
-def merge_sizes(rows: Tensor, sizes: Tensor, match: Match) -> tuple[Tensor, Tensor]:
-    """Carry out a match, each row weighing as much as the number of rows that it stands for.
-
-    For proportional attention add ``sizes.log()`` to the logits of the keys. arXiv 2210.09461.
+def merge_sum(values: Tensor, match: Match, place: Tensor) -> Tensor:
+    """Each row that stays plus those that join it.
 
     Args:
-        rows: ``[batch, tokens, width]``.
-        sizes: ``[batch, tokens]``, above 0; ones in the first layer.
+        values: ``[batch, tokens, ...]``.
+        place: of each row, see :func:`places`.
 
     Returns:
-        Rows ``[batch, kept, width]`` and sizes ``[batch, kept]``, in the order of ``match.kept``.
+        ``[batch, kept, ...]``, in the order of ``match.kept``.
     """
-    target = targets(match)
-    merged = assigned_merge(rows, target, sizes)
-    total = torch.zeros_like(sizes).scatter_add(1, target, sizes)
-    return take(merged, match.kept), total.gather(1, match.kept)
+    moved = take(values, match.sources)
+    joined = place.gather(1, match.sources)
+    index = joined.reshape(*joined.shape, *[1] * (values.ndim - 2)).expand_as(moved)
+    return take(values, match.kept).scatter_add(1, index, moved)
 
 
-def source_map(target: Tensor, kept: Tensor) -> Tensor:
-    """For each row, the number among the kept ones of the row that it was merged into.
+def merge_mean(values: Tensor, weights: Tensor, match: Match, place: Tensor) -> Tensor:
+    """As :func:`merge_sum`, the weighted mean.
 
     Args:
-        target: int64 ``[batch, tokens]``, pointing at kept rows.
-        kept: int64 ``[batch, kept]``.
-
-    Returns:
-        int64 ``[batch, tokens]``, as :func:`unmerge` takes it.
+        weights: float32 ``[batch, tokens]``, above 0. With the number of original rows that each
+            row stands for, the result is the mean of these: ToMe, arXiv 2210.09461.
     """
-    number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    return torch.zeros_like(target).scatter(1, kept, number).gather(1, target)
-
-
-def unmerge(rows: Tensor, source: Tensor) -> Tensor:
-    """Give every original row what became of it.
-
-    Args:
-        rows: ``[batch, kept, ...]``.
-        source: int64 ``[batch, tokens]``, rows of ``rows``; see :func:`source_map`.
-
-    Returns:
-        ``[batch, tokens, ...]``.
-    """
-    return take(rows, source)
-
-
-def restore(
-    rows: Tensor, slots: Tensor, length: int | torch.SymInt, fill: Tensor | float = 0.0
-) -> Tensor:
-    """Put rows back at the slots that they were taken from.
-
-    Args:
-        rows: ``[batch, kept, width]``.
-        slots: int64 ``[batch, kept]``, each at most once per sample; rows at -1 are left out.
-        length: rows that come back.
-        fill: the others: a number, or values that broadcast to ``[batch, length, width]``.
-
-    Returns:
-        ``[batch, length, width]``, of the dtype of ``rows``.
-    """
-    batch, _, width = rows.shape
-    base = torch.as_tensor(fill, dtype=rows.dtype, device=rows.device)
-    # one row more takes what has no slot
-    base = torch.nn.functional.pad(base.expand(batch, length, width), (0, 0, 0, 1))
-    index = torch.where(slots < 0, length, slots)  # type: ignore[arg-type]
-    index = index[..., None].expand_as(rows)
-    return base.scatter(1, index, rows)[:, :length]
-
-
-def nearest(metric: Tensor, anchors: Tensor) -> Tensor:
-    """The anchor most similar to each row, by cosine.
-
-    Args:
-        metric: ``[batch, tokens, width]``.
-        anchors: rows that may be chosen: bool ``[batch, tokens]``, or int64 ``[batch, anchors]``.
-            Of equally similar ones the first in this order is taken.
-
-    Returns:
-        int64 ``[batch, tokens]``: rows, not numbers of anchors. An anchor is its own; without any
-        anchor in a sample, every row is.
-    """
-    unit = _unit(metric)
-    place = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[:2])
-    if anchors.dtype is torch.bool:
-        similarity = unit @ unit.transpose(1, 2)
-        chosen = similarity.masked_fill(~anchors[:, None], float("-inf")).argmax(-1)
-        own = anchors | ~anchors.any(-1, keepdim=True)
-    else:
-        similarity = unit @ take(unit, anchors).transpose(1, 2)
-        chosen = anchors.gather(1, similarity.argmax(-1))
-        own = torch.zeros_like(place, dtype=torch.bool).scatter(1, anchors, True)
-    return torch.where(own, place, chosen)
-
-
-def dpc_knn(metric: Tensor, clusters: int, neighbours: int, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Cluster rows around those that are dense and far from anything denser.
-
-    Density of a row is ``exp(-m)``, with ``m`` the mean squared distance (per channel) to the
-    nearest rows, itself among them; its isolation is the distance to the nearest denser row. Rows
-    of largest density times isolation are the centers. Density-peak clustering (Rodriguez and
-    Laio, Science 344, 2014) with k nearest neighbours (Du et al., Knowledge-Based Systems 99,
-    2016), as tokens are clustered in "Not All Tokens Are Equal", arXiv 2204.08680; instead of
-    random noise the lower index breaks ties.
-
-    Args:
-        metric: ``[batch, tokens, width]``.
-        clusters: at most the number of tokens.
-        neighbours: the nearest rows that density looks at, at most the number of tokens.
-        valid: bool ``[batch, tokens]``. Others become centers only when no valid one is left, and
-            no valid row joins them.
-
-    Returns:
-        Centers int64 ``[batch, clusters]``, the strongest first, and the number of its cluster for
-        each row, int64 ``[batch, tokens]``. ``centers.gather(1, assignment)`` is a target for
-        :func:`assigned_merge`.
-
-    Raises:
-        PreconditionError: there are fewer tokens than clusters or neighbours.
-    """
-    tokens = metric.shape[1]
-    if not (1 <= clusters <= tokens and 1 <= neighbours <= tokens):
-        raise PreconditionError(
-            f"{tokens} tokens have no {clusters} clusters with {neighbours} nearest neighbours",
-            hint=f"ask for 1 to {tokens} of both",
-        )
-    squared = _squared_distances(metric, valid)
-    place = torch.arange(tokens, device=metric.device)
-    apart = squared.masked_fill(~valid[:, None], float("inf"))
-    around = torch.sort(apart, dim=-1, stable=True).values[..., :neighbours]
-    there = around < float("inf")
-    spread = torch.where(there, around, 0.0).sum(-1) / there.sum(-1).clamp(min=1)
-    # of two equal densities the lower index counts as denser: duplicates have one peak
-    denser = spread[:, None] < spread[..., None]
-    first = (spread[:, None] == spread[..., None]) & (place < place[:, None])
-    isolation = squared.masked_fill(~(valid[:, None] & (denser | first)), float("inf")).amin(-1)
-    reach = squared.masked_fill(~valid[:, None], 0.0).amax(-1)  # for the densest row of all
-    isolation = torch.where(isolation < float("inf"), isolation, reach)
-    # the logarithm of density times distance: densities themselves underflow
-    worth = torch.where(isolation > 0, 0.5 * isolation.log() - spread, -1e38)
-    worth = worth.masked_fill(~valid, float("-inf"))
-    centers = torch.sort(worth, dim=-1, descending=True, stable=True).indices[:, :clusters]
-    away = squared.gather(2, centers[:, None].expand(-1, tokens, -1))
-    away = away.masked_fill(~valid.gather(1, centers)[:, None], float("inf"))
-    assignment = away.argmin(-1)
-    number = torch.arange(clusters, device=metric.device).expand_as(centers)
-    return centers, assignment.scatter(1, centers, number)
+    weighted = merge_sum(values.float() * weights[..., None], match, place)
+    return (weighted / merge_sum(weights, match, place)[..., None]).to(values.dtype)
 
 
 def _unit(metric: Tensor) -> Tensor:
     return torch.nn.functional.normalize(metric.float(), dim=-1, eps=1e-12)
-
-
-def _squared_distances(metric: Tensor, valid: Tensor) -> Tensor:
-    """Mean squared difference per channel, ``[batch, tokens, tokens]``; 0 for equal rows."""
-    rows = metric.float()
-    weight = valid.float()[..., None]
-    # distances are differences of products: centred rows lose less of them to rounding
-    rows = rows - (rows * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-    gram = rows @ rows.transpose(1, 2)
-    square = rows.square().sum(-1)
-    both = square[..., None] + square[:, None]
-    squared = both - 2 * gram
-    return torch.where(squared > 4e-6 * both, squared, 0.0) / metric.shape[2]

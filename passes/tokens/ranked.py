@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from vlmopt.passes.tokens.assign import assigned_merge, nearest
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.passes.tokens.merge import assigned_merge, nearest
 from vlmopt.pipeline.options import override
 from vlmopt.program import Program
 from vlmopt.rewrite.projector import Projector, projector_before

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import vlmopt.ops  # noqa: F401 - registers vlmopt::attention_rows
-from vlmopt.analysis.encoder import Encoder
-from vlmopt.errors import ArtifactError, OptionError, PreconditionError
+from vlmopt import artifacts
+from vlmopt.calibration import Calibrated, Measure, Sample
+from vlmopt.errors import OptionError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.merge import Match
-from vlmopt.passes.tokens.saliency import read_prior
-from vlmopt.passes.tokens.vit import MergePoint, TokenMerge
+from vlmopt.passes.tokens.saliency import common_saliency
+from vlmopt.passes.tokens.vit import MergePoint, TokenMerge, encoder_of, evenly
 from vlmopt.pipeline.options import option, override
 from vlmopt.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class SadTM(TokenMerge):
+class SadTM(TokenMerge, Calibrated):
     """Merge patches of low class attention and low saliency prior, after the first blocks.
 
     A patch's importance is ``alpha`` times the attention that the class token pays to it (without
     one: the attention that it gets on average) plus ``beta`` times a prior of its place, both
     rescaled to 0 to 1. In each block after the first ``tau`` a share ``mr`` of the original patches
     goes: those of least importance, each into the most similar (cosine) of the others, weighted by
-    importance. The prior is measured beforehand by ``saliency_prior`` in
-    ``vlmopt.passes.tokens.saliency``.
+    importance. The prior, an offline artifact (``vlmopt calibrate``), is how much the loss gradient
+    in a patch correlates with that in the others, mean over samples.
 
     Reference: "Saliency-Driven Token Merging for Vision Transformers", CVPR 2026.
     """
@@ -41,7 +42,7 @@ class SadTM(TokenMerge):
     tau: int = option(-1, "blocks at the start that do not merge; -1: a quarter of all", ge=-1)
     alpha: float = option(0.5, "weight of class attention", ge=0, le=1)
     beta: float = option(0.5, "weight of the prior; alpha and beta sum to 1", ge=0, le=1)
-    prior: str = option("", "safetensors file with the prior, needed unless beta is 0")
+    prior: str = option("", "JSON file with the prior, needed unless beta is 0")
     prop_attn: bool = override(TokenMerge, "prop_attn", False)
 
     def __post_init__(self) -> None:
@@ -56,37 +57,31 @@ class SadTM(TokenMerge):
         if self.beta and not self.prior:
             raise OptionError(
                 f"{self.name}: beta is {self.beta:g}, but there is no prior to weigh",
-                hint="calibrate: saliency_prior and write_prior in vlmopt.passes.tokens.saliency; "
-                "or merge by class attention alone: alpha=1 beta=0",
+                hint=f"vlmopt calibrate MODEL -p {self.name} --data ... -o prior.json; or merge by "
+                "class attention alone: alpha=1 beta=0",
             )
-        if self.prior:
-            read_prior(self.prior, program)
+        if self.beta:
+            artifacts.read(self.prior, self.name, program)
         super().requires(program)
 
-    def counts(self, encoder: Encoder) -> dict[int, int]:
-        depth = len(encoder.layers)
-        start = depth // 4 if self.tau < 0 else self.tau
-        if start >= depth:
-            raise PreconditionError(
-                f"{self.name} has no block to merge in: tau is {start}, and stage "
-                f"{encoder.stage.name} has {depth} blocks"
-            )
-        initial = self.initial()
-        if initial is not None and len(initial) != encoder.patches:
-            raise ArtifactError(
-                f"{self.prior} is for images of {len(initial)} patches, these have "
-                f"{encoder.patches}",
-                hint="calibrate with images of this size",
-            )
-        patches = encoder.patches
-        share = Fraction(str(self.mr))
-        if self.keep:
-            share = Fraction(patches - self.left(patches), patches * (depth - start))
-        left = [max(1, round(patches * (1 - share * at))) for at in range(depth - start + 1)]
-        return {start + at: left[at] - left[at + 1] for at in range(depth - start)}
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        patches = encoder_of(program).patches
+        return lambda other: common_saliency(model, other, patches).tolist()
+
+    def conclude(self, rows: Tensor) -> dict[str, Any]:
+        """The mean over samples."""
+        return {"prior": [round(value, 6) for value in rows.mean(0).tolist()]}
+
+    def blocks(self, depth: int) -> range:
+        return range(depth // 4 if self.tau < 0 else self.tau, depth)
+
+    def wanted(self, patches: int, blocks: int) -> list[int]:
+        return evenly(patches, patches * Fraction(str(self.mr)), blocks)
 
     def initial(self) -> Tensor | None:
-        return read_prior(self.prior) if self.beta else None
+        if not self.beta:
+            return None
+        return torch.tensor(artifacts.read(self.prior, self.name)["prior"], dtype=torch.float32)
 
     def match(self, at: MergePoint) -> tuple[Match, Tensor]:
         importance = self.importance(at)
@@ -106,19 +101,7 @@ class SadTM(TokenMerge):
         every = torch.ones_like(at.size[:, at.special :], dtype=torch.bool)
         total = torch.zeros_like(at.size[:, at.special :])
         if self.alpha:
-            total = total + self.alpha * select.min_max(self.attention(at), every)
+            total = total + self.alpha * select.min_max(at.attention(), every)
         if at.carried is not None:
             total = total + self.beta * select.min_max(at.carried[:, at.special :], every)
         return total
-
-    @staticmethod
-    def attention(at: MergePoint) -> Tensor:
-        """Attention that the patches get, mean over heads: float32 ``[batch, patches]``."""
-        mask = None if at.bias is None else at.bias[:, None, None]
-        if at.special:
-            first = at.query[:, :, :1]
-            rows = torch.ops.vlmopt.attention_rows(first, at.key, mask, None, at.scale)
-        else:
-            weights = torch.full_like(at.size[:, None], 1 / at.size.shape[1])
-            rows = torch.ops.vlmopt.attention_mass(at.query, at.key, weights, mask, False, at.scale)
-        return rows.mean(1)[:, 0, at.special :]

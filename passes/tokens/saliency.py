@@ -1,26 +1,17 @@
-"""Saliency prior: how far the loss gradient of each patch follows the pattern common to all.
-
-Measured beforehand, by backpropagation to the images; kept as a safetensors file.
-"""
+"""Saliency of patches: how far the loss gradient of each follows the pattern common to all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlmopt.artifacts import fingerprint
-from vlmopt.errors import ArtifactError, PreconditionError
-from vlmopt.program import Program
-
-NAME = "o"
-"""The prior in its file: float32 ``[patches]``."""
+from vlmopt import families
+from vlmopt.errors import PreconditionError
+from vlmopt.program import Role
 
 
 def mean_correlation(maps: Tensor) -> Tensor:
@@ -58,115 +49,53 @@ def saliency_maps(gradient: Tensor, patch: int) -> Tensor:
     return functional.unfold(largest, patch, stride=patch).transpose(1, 2)
 
 
-def predicted_label_loss(output: Any) -> Tensor:
-    """Cross-entropy to the predicted label of each image, summed over images.
+def common_saliency(model: nn.Module, sample: Mapping[str, Any], patches: int) -> Tensor:
+    """How much each patch's saliency correlates with that of the others, by backpropagation.
+
+    The loss is the cross-entropy to what the model predicts: the label, or the next token.
 
     Args:
-        output: logits ``[batch, labels]``, or an object that holds them as ``logits``.
-
-    Raises:
-        PreconditionError: there are no logits.
-    """
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise PreconditionError(
-            f"a {type(output).__name__} holds no logits [images, labels] to take a loss of",
-            hint="calibrate on the model with its classifier, or give a loss",
-        )
-    return functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
-
-
-def saliency_prior(
-    model: nn.Module,
-    images: Iterable[Tensor],
-    patch: int,
-    *,
-    loss: Callable[[Any], Tensor] = predicted_label_loss,
-) -> Tensor:
-    """The mean over images of each patch's mean correlation with the other patches' saliency.
-
-    Low values mark patches whose gradient deviates from the common pattern.
-
-    Args:
-        model: takes a batch of images; run in eval mode, left as it was.
-        images: batches ``[batch, colours, height, width]``, all of one size.
-        patch: side of a patch, in pixels.
-        loss: of what the model returns, summed over images: a scalar.
+        sample: inputs of the model, images ``[..., colours, height, width]`` among them.
+        patches: of an image.
 
     Returns:
-        float32 ``[patches]``.
+        float64 ``[patches]``, mean over the images of the sample.
 
     Raises:
-        PreconditionError: no images; or the loss does not depend on them.
-
-    Reference: "Saliency-Driven Token Merging for Vision Transformers", CVPR 2026.
+        PreconditionError: there are no images or no logits, or images of another number of patches.
     """
-    training = model.training
-    model.eval()
-    total: Tensor | None = None
-    count = 0
-    try:
-        for batch in images:
-            given = batch.detach().clone().requires_grad_()
-            with torch.enable_grad():
-                value = loss(model(given))
-            if not value.requires_grad:
-                raise PreconditionError("the loss does not depend on the images")
-            (gradient,) = torch.autograd.grad(value, given)
-            found = mean_correlation(saliency_maps(gradient, patch)).sum(0)
-            total = found if total is None else total + found
-            count += batch.shape[0]
-    finally:
-        model.train(training)
-    if total is None:
-        raise PreconditionError("there are no images to calibrate on", hint="give at least one")
-    return (total / count).float()
+    names = [name for name in sample if families.INPUT_ROLES.get(name) is Role.PIXEL_VALUES]
+    if not names:
+        raise PreconditionError(
+            f"there are no images among {', '.join(sample)}",
+            hint="give samples as the processor returns them, with pixel_values",
+        )
+    images = sample[names[0]].detach().clone().requires_grad_()
+    height, width = images.shape[-2:]
+    patch = _patch(height, width, patches)
+    with torch.enable_grad():
+        output = model(**{**sample, names[0]: images})
+        (gradient,) = torch.autograd.grad(_predicted_loss(output), images)
+    return mean_correlation(saliency_maps(gradient.flatten(0, -4), patch)).mean(0)
 
 
-def write_prior(path: str | Path, prior: Tensor, program: Program, *, images: int) -> None:
-    """Write a prior for the model of ``program``, measured on so many images.
-
-    Raises:
-        ArtifactError: the file exists.
-    """
-    if Path(path).exists():
-        raise ArtifactError(f"{path} exists already", hint="choose another name")
-    metadata = {
-        "pass": "sad-tm",
-        "model": fingerprint(program),
-        "model_type": program.model_type,
-        "images": str(images),
-    }
-    save_file({NAME: prior.float().contiguous()}, path, metadata=metadata)
+def _predicted_loss(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise PreconditionError(
+            f"a {type(output).__name__} holds no logits to take a loss of",
+            hint="calibrate on the model with its classifier or language model",
+        )
+    last = logits if logits.ndim == 2 else logits[:, -1]
+    return functional.cross_entropy(last.float(), last.argmax(-1), reduction="sum")
 
 
-def read_prior(path: str | Path, program: Program | None = None) -> Tensor:
-    """The prior in a file: float32 ``[patches]``.
-
-    Args:
-        program: the program it is to be used on; ``None``, or one without weights, checks nothing.
-
-    Raises:
-        ArtifactError: no such file, not a prior, or one made with another model.
-    """
-    hint = "make one: vlmopt.passes.tokens.saliency.saliency_prior, then write_prior"
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}", hint=hint) from error
-    prior = tensors.get(NAME)
-    if prior is None or prior.ndim != 1 or prior.dtype != torch.float32:
-        raise ArtifactError(f"{path} holds no float32 tensor {NAME} [patches]", hint=hint)
-    if not bool(prior.isfinite().all()):
-        raise ArtifactError(f"{path} holds values that are not finite", hint=hint)
-    if program is not None and program.named_weights() and "model" in metadata:
-        own = fingerprint(program)
-        if metadata["model"] != own:
-            raise ArtifactError(
-                f"{path} was made with another model ({metadata.get('model_type')}, fingerprint "
-                f"{metadata['model']}; this is {program.model_type}, {own})",
-                hint=hint,
-            )
-    return prior
+def _patch(height: int, width: int, patches: int) -> int:
+    """Side of a patch; what is left at the right and at the bottom is in no patch."""
+    for side in range(min(height, width), 0, -1):
+        if (height // side) * (width // side) == patches:
+            return side
+    raise PreconditionError(
+        f"images of {height} by {width} pixels are not made of {patches} square patches",
+        hint="calibrate with images of the size that the encoder takes",
+    )

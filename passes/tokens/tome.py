@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlmopt.analysis.encoder import Encoder
-from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.errors import OptionError
 from vlmopt.passes.tokens.merge import Match, bipartite_match
 from vlmopt.passes.tokens.vit import MergePoint, TokenMerge
 from vlmopt.pipeline.options import option
@@ -44,34 +42,13 @@ class ToMe(TokenMerge):
         (), "blocks that merge, counted from 0; empty for all", ge=0, increasing=True
     )
 
-    def counts(self, encoder: Encoder) -> dict[int, int]:
-        depth = len(encoder.layers)
-        blocks = self.layers or tuple(range(depth))
-        if blocks[-1] >= depth:
-            raise PreconditionError(
-                f"{self.name} cannot merge in block {blocks[-1]}: stage {encoder.stage.name} has "
-                f"blocks 0 to {depth - 1}"
-            )
-        wanted = self._wanted(encoder.patches, len(blocks))
-        counts, tokens = {}, encoder.tokens
-        for block, count in zip(blocks, wanted, strict=True):
-            counts[block] = min(count, max(0, tokens - encoder.special) // 2)
-            tokens -= counts[block]
-        if self.keep and counts != dict(zip(blocks, wanted, strict=True)):
-            raise OptionError(
-                f"{self.name}: {len(blocks)} block{'s' if len(blocks) != 1 else ''} cannot leave "
-                f"{self.left(encoder.patches)} of {encoder.patches} patches: each merges at most "
-                "half",
-                hint="keep more, or merge in more blocks",
-            )
-        return counts
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        return self.layers or tuple(range(depth))
 
-    def _wanted(self, patches: int, blocks: int) -> list[int]:
-        """Tokens to merge in each of so many blocks."""
-        if self.keep:
-            total = patches - self.left(patches)
-            until = [round(total * at / blocks) for at in range(blocks + 1)]
-            return [after - before for before, after in itertools.pairwise(until)]
+    def most(self, patches: int) -> int:
+        return patches // 2
+
+    def wanted(self, patches: int, blocks: int) -> list[int]:
         if len(self.r) == blocks and blocks > 1:
             return list(self.r)
         if len(self.r) != 1:

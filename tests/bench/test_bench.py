@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmopt.bench import operators, prefill, rewriting
+from vlmopt.bench import operators, prefill, rewriting, vision
 from vlmopt.bench.environment import Environment
 from vlmopt.bench.models import Shape, build_llava, llava_7b, parse_shape, prompt
 from vlmopt.bench.steps import Steps
@@ -140,6 +140,42 @@ def test_other_tokens_stop_the_measurement_in_float32(monkeypatch: pytest.Monkey
         "parity: v2drop{layers=2 keep=14}: Inductor keeps other tokens than eager mode "
         "(95.5% shared)"
     )
+
+
+def test_encoding_is_measured_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    size = vision.Size(2, 64, image=64)  # 16 patches and the class token
+    found = vision.measure(size, 2, "tome{r=4}", rounds=2)
+    assert list(found.seconds) == [*vision.BASELINES, "tome{r=4}"]
+    assert found.errors == dict.fromkeys(found.seconds, 0.0)
+
+    def block(entering: int, leaving: int) -> int:
+        """By hand: four square projections and attention, then the feed-forward network."""
+        attention = 2 * entering * 4 * 64**2 + 4 * entering**2 * 64
+        return attention + 2 * leaving * 8 * 64**2
+
+    def matching(tokens: int) -> int:
+        return 2 * (tokens - tokens // 2) * (tokens // 2) * 64
+
+    around = 2 * 16 * 3 * 16**2 * 64 + 2 * 64 * 1000
+    whole = around + 2 * block(17, 17)
+    fewer = around + block(17, 13) + matching(17) + block(13, 9) + matching(13)
+    assert found.ideal == pytest.approx(whole / fewer)
+    document = json.loads(json.dumps(found.to_json()))
+    assert document["of_ideal"] == pytest.approx(found.speedup().value / found.ideal)
+    (line,) = vision.table([found]).splitlines()[2:]
+    assert line.startswith("| 2x64  | float32 | 2     | tome{r=4} |")
+
+
+def test_a_wrong_encoder_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(module: Any, **options: Any) -> Callable[..., Any]:
+        return lambda images: module(images * 1.1)
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    with pytest.raises(VerifyError, match=r"^parity: hf: logits of Inductor and eager mode differ"):
+        vision.measure(vision.Size(1, 64, image=32), 1, "tome{r=1}")
+    with pytest.raises(OptionError, match="'12x100' is no size of a vision transformer"):
+        vision.parse_size("12x100")
 
 
 def test_every_round_starts_with_another_function() -> None:

@@ -113,6 +113,8 @@ class Pass(ABC):
     """paper and arXiv id"""
     example: ClassVar[str] = ""
     """a pipeline text that shows typical options"""
+    needs_capture: ClassVar[bool] = False
+    """rewrites a stage that only ``vlmopt.capture`` tells apart, such as the vision encoder"""
     zero_matches_ok: ClassVar[bool] = False
     """a clean-up may find nothing; any other pass that finds nothing is an error"""
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.modality import TokenModality
-from vlmopt.analysis.sublayers import Sublayers, attention_of
+from vlmopt.analysis.sublayers import Sublayers, attention_of, middle_of
 from vlmopt.analysis.token_axes import B, Dims, T, TokenAxes, follow_tokens, shape_of
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Stage
@@ -100,7 +100,8 @@ class RowRewrite:
 
     def skip_feed_forward(self, parts: Sublayers, rows: Rows) -> None:
         """Run the feed-forward network of the layer on ``rows`` only."""
-        graph, middle, end = self.stage.graph, parts.middle, parts.ffn_out
+        graph, end = self.stage.graph, parts.ffn_out
+        middle = middle_of(self.layers, self.layer)
         width = (shape_of(middle)[2],)
         emit = self.emitter(middle)
         with graph.inserting_before(middle.next):

@@ -2,7 +2,8 @@
 
 The result is a shallow twin of the user's Hugging Face model: same class, same weights, same
 ``generate()``. Its decoder hands prompts with images to the rewritten prefill stage, and decoding
-steps go to the rewritten decode stage; everything else runs as it was.
+steps go to the rewritten decode stage; so does its vision encoder, where a pass has rewritten
+that. Everything else runs as it was.
 """
 
 from __future__ import annotations
@@ -475,7 +476,8 @@ def _generate_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 def _twin(model: Any, inner: list[nn.Module | None]) -> tuple[Any, dict[nn.Module, nn.Module]]:
     """Shallow copies of ``model`` and, in their places within it, of ``inner``.
 
-    The originals stay as they are; everything else, weights included, is shared.
+    The modules around it are copied too, so that the originals stay as they are; everything else,
+    weights included, is shared.
     """
     paths = {module: name for name, module in model.named_modules()}
     copies: dict[nn.Module, Any] = {model: copy.copy(model)}

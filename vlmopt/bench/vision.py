@@ -1,0 +1,212 @@
+"""Image encoding on fewer tokens against Inductor on the same model, in one run.
+
+Timed is a vision transformer with its classifier, from pixels to logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vlmopt.bench.prefill import flops_ideal, markdown, milliseconds
+from vlmopt.bench.timing import Ratio, interleave, is_noisy
+from vlmopt.errors import OptionError, VerifyError
+from vlmopt.graph.compare import TOLERANCES
+from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.tracing import capture
+
+BASELINES = ("hf", "captured")
+"""What a rewritten model is compared with, compiled by Inductor: the untouched Hugging Face model,
+and vlmopt's graph of it before any pass."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a vision transformer; heads are 64 wide.
+
+    Attributes:
+        image, patch: side in pixels.
+    """
+
+    layers: int
+    width: int
+    image: int = 224
+    patch: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"{self.layers}x{self.width}"
+
+
+def parse_size(text: str) -> Size:
+    """``12x384``: layers and width (ViT-S; ViT-B is ``12x768``).
+
+    Raises:
+        OptionError: the text is none of these.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    layers, width = (int(part) for part in found.groups()) if found else (0, 0)
+    if layers < 1 or width < 64 or width % 64:
+        raise OptionError(
+            f"{text!r} is no size of a vision transformer",
+            hint="LAYERSxWIDTH, such as 12x384; the width is a multiple of 64",
+        )
+    return Size(layers, width)
+
+
+def build_vit(size: Size, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A ``ViTForImageClassification`` with random weights, in eval mode."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(  # type: ignore[call-arg]
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.width // 64,
+        image_size=size.image,
+        patch_size=size.patch,
+        num_labels=1000,
+    )
+    torch.manual_seed(0)
+    return ViTForImageClassification(config).eval().to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Times of one model, one batch and one pass.
+
+    Attributes:
+        ideal: FLOPs of the untouched model over those of the rewritten one.
+        seconds: for each baseline, and for the pipeline, one time per round.
+        errors: norm of the difference between the logits of Inductor and eager mode, relative to
+            their norm.
+    """
+
+    size: Size
+    dtype: str
+    batch: int
+    pipeline: str
+    ideal: float
+    seconds: Mapping[str, Sequence[float]]
+    errors: Mapping[str, float]
+
+    def speedup(self, over: str = "hf") -> Ratio:
+        """Of the rewritten model over a baseline."""
+        return Ratio.of(self.seconds[over], self.seconds[self.pipeline])
+
+    @property
+    def noisy(self) -> bool:
+        return any(is_noisy(times) for times in self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            **asdict(self),
+            "speedup": {name: asdict(self.speedup(name)) for name in BASELINES},
+            "of_ideal": self.speedup().value / self.ideal,
+            "noisy": self.noisy,
+        }
+
+
+def measure(
+    size: Size,
+    batch: int,
+    pipeline: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    rounds: int = 25,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Encoding:
+    """Build, capture, rewrite, compile, check, and then time.
+
+    Args:
+        batch: images.
+        rounds: how often each is run.
+        progress: is told what is going on.
+
+    Raises:
+        VerifyError: what is compiled does not compute what it does in eager mode.
+    """
+    name = f"{size.name} batch {batch}"
+    progress(f"{name}: capturing")
+    model = build_vit(size, device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, size.image, size.image, generator=generator).to(device, dtype)
+    program = capture(model, {"pixel_values": images})
+    rewritten = program.clone()
+    run_pipeline(rewritten, pipeline)
+    eager: dict[str, Callable[..., Any]] = {
+        "hf": lambda images: model(images).logits,
+        "captured": program["model"].graph_module,
+        pipeline: rewritten["model"].graph_module,
+    }
+    torch.compiler.reset()
+    functions: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, float] = {}
+    with torch.no_grad():
+        for variant, function in eager.items():
+            progress(f"{name}: compiling {variant}")
+            run: Any = torch.compile(function, dynamic=False)
+            functions[variant] = lambda run=run: run(images)  # type: ignore[misc]
+            wanted, found = _logits(function(images)), _logits(functions[variant]())
+            errors[variant] = float((found - wanted).float().norm() / wanted.float().norm())
+            if not errors[variant] <= TOLERANCES[dtype]:
+                raise VerifyError(
+                    "parity",
+                    f"{variant}: logits of Inductor and eager mode differ by {errors[variant]:.1e} "
+                    f"of their norm, more than {TOLERANCES[dtype]:g}",
+                )
+        seconds = interleave(
+            functions,
+            rounds,
+            wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+            progress=lambda done: progress(f"{name}: round {done} of {rounds}"),
+        )
+    ideal = flops_ideal(program["model"], rewritten["model"])
+    kind = str(dtype).removeprefix("torch.")
+    return Encoding(size, kind, batch, pipeline, ideal, seconds, errors)
+
+
+def _logits(result: Any) -> torch.Tensor:
+    logits: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return logits
+
+
+def table(results: Sequence[Encoding]) -> str:
+    """The results as a Markdown table, one line each; times are medians."""
+    head = (
+        "model",
+        "dtype",
+        "batch",
+        "pass",
+        "Inductor",
+        "vlmopt",
+        "speed-up (90 %)",
+        "FLOPs ideal",
+        "of ideal",
+        "over captured",
+    )
+    rows = []
+    for result in results:
+        ratio, captured = result.speedup(), result.speedup("captured").value
+        rows.append(
+            (
+                result.size.name,
+                result.dtype,
+                str(result.batch),
+                result.pipeline,
+                milliseconds(result.seconds["hf"]),
+                milliseconds(result.seconds[result.pipeline]),
+                f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+                + (" noisy" if result.noisy else ""),
+                f"{result.ideal:.2f}",
+                f"{ratio.value / result.ideal:.2f}",
+                f"{captured:.2f} ({captured / result.ideal:.2f})",
+            )
+        )
+    return markdown(head, rows)
