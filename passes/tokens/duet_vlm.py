@@ -83,14 +83,6 @@ class DuetVlm(TokenDrop):
     )
     width: int = option(4, "first stage: tokens of the pool for each that takes in others", ge=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dominant and 0 in self.layers:
-            raise OptionError(
-                f"{self.name}: both stages would cut at layer 0",
-                hint="choose layers from 1 on, or dominant=0",
-            )
-
     @property
     def encoder(self) -> DuetEncoder:
         """The first stage."""
@@ -100,6 +92,11 @@ class DuetVlm(TokenDrop):
 
     def requires(self, program: Program) -> None:
         if self.dominant:
+            if 0 in self.layers:
+                raise OptionError(
+                    f"{self.name}: both stages would cut at layer 0",
+                    hint="choose layers from 1 on, or dominant=0",
+                )
             self.encoder.requires(program)
         super().requires(program)
 

@@ -84,6 +84,19 @@ def embedding_table(program: Program) -> Tensor | None:
     return None
 
 
+def visual_tokens_by_layer(stage: Stage) -> tuple[float, ...]:
+    """Visual tokens that each layer computes, mean over samples; empty where there are none."""
+    original = stage.facts.get("visual_tokens", ())
+    found = []
+    for port in stage.find_outputs(Role.KEY) if any(original) else ():
+        counts = tuple(original)
+        for cut in stage.cuts:
+            if port.layer is not None and cut.covers(port.layer):
+                counts = tuple(after for _, after in cut.visual)
+        found.append(sum(counts) / len(counts))
+    return tuple(found)
+
+
 def _source(stage: Stage) -> fx.Node | None:
     ports = stage.find_inputs(Role.MODALITY)
     if ports:

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
+from vlmopt.analysis.modality import visual_tokens_by_layer
 from vlmopt.errors import (
     NoMatchError,
     OptionError,
@@ -90,11 +91,21 @@ class Report:
         records: one per pass, in order.
         pipeline: text of the pipeline as it ran, without disabled passes.
         uuid: see :func:`pipeline_uuid`.
+        visual_tokens: per layer of the language model, those that it computes; mean over samples.
+            Empty where no token comes from vision.
     """
 
     records: tuple[PassRecord, ...]
     pipeline: str
     uuid: str
+    visual_tokens: tuple[float, ...] = ()
+
+    @property
+    def mean_visual_tokens(self) -> float | None:
+        """Mean over layers: what papers call the budget of a method."""
+        if not self.visual_tokens:
+            return None
+        return sum(self.visual_tokens) / len(self.visual_tokens)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; ``schema`` grows when a field changes its meaning."""
@@ -103,6 +114,10 @@ class Report:
             "pipeline": self.pipeline,
             "uuid": self.uuid,
             "passes": [record.to_json() for record in self.records],
+            "visual_tokens": {
+                "layers": list(self.visual_tokens),
+                "mean": self.mean_visual_tokens,
+            },
         }
 
 
@@ -187,7 +202,8 @@ def run_pipeline(
         for watching in observers:
             watching.after_pass(program, one, index, record)
 
-    report = Report(tuple(records), text, uuid)
+    counts = next(filter(None, map(visual_tokens_by_layer, program)), ())
+    report = Report(tuple(records), text, uuid, counts)
     if folder is not None:
         folder.write_report(report)
     return report
