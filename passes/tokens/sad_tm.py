@@ -25,7 +25,7 @@ class SadTM(TokenMerge, Calibrated):
     """Merge patches of low class attention and low saliency prior, after the first blocks.
 
     A patch's importance is ``alpha`` times the attention that the class token pays to it (without
-    one: the attention that it gets on average) plus ``beta`` times a prior of its place, both
+    one: the attention that it gets on average) plus ``1 - alpha`` times a prior of its place, both
     rescaled to 0 to 1. In each block after the first ``tau`` a share ``mr`` of the original patches
     goes: those of least importance, each into the most similar (cosine) of the others, weighted by
     importance. The prior, an offline artifact (``vlmopt calibrate``), is how much the loss gradient
@@ -35,32 +35,23 @@ class SadTM(TokenMerge, Calibrated):
     """
 
     name = "sad-tm"
-    example = "sad-tm{mr=0.05 alpha=1 beta=0}"
+    example = "sad-tm{mr=0.05 alpha=1}"
     reference = "CVPR 2026"
 
     mr: float = option(0.05, "share of the original patches that goes in a block", ge=0, le=1)
     tau: int = option(-1, "blocks at the start that do not merge; -1: a quarter of all", ge=-1)
-    alpha: float = option(0.5, "weight of class attention", ge=0, le=1)
-    beta: float = option(0.5, "weight of the prior; alpha and beta sum to 1", ge=0, le=1)
-    prior: str = option("", "JSON file with the prior, needed unless beta is 0")
+    alpha: float = option(0.5, "weight of class attention; the rest is the prior's", ge=0, le=1)
+    prior: str = option("", "JSON file with the prior, needed unless alpha is 1")
     prop_attn: bool = override(TokenMerge, "prop_attn", False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if abs(self.alpha + self.beta - 1) > 1e-9:
-            raise OptionError(
-                f"{self.name}: alpha and beta sum to {self.alpha + self.beta:g}, not to 1",
-                hint=f"{self.name}{{alpha={self.alpha:g} beta={1 - self.alpha:g}}}",
-            )
-
     def requires(self, program: Program) -> None:
-        if self.beta and not self.prior:
-            raise OptionError(
-                f"{self.name}: beta is {self.beta:g}, but there is no prior to weigh",
-                hint=f"vlmopt calibrate MODEL -p {self.name} --data ... -o prior.json; or merge by "
-                "class attention alone: alpha=1 beta=0",
-            )
-        if self.beta:
+        if self.alpha < 1:
+            if not self.prior:
+                raise OptionError(
+                    f"{self.name}: alpha is {self.alpha:g}, but there is no prior for the rest",
+                    hint=f"vlmopt calibrate MODEL -p {self.name} --data ... -o prior.json; or "
+                    "merge by class attention alone: alpha=1",
+                )
             artifacts.read(self.prior, self.name, program)
         super().requires(program)
 
@@ -79,7 +70,7 @@ class SadTM(TokenMerge, Calibrated):
         return evenly(patches, patches * Fraction(str(self.mr)), blocks)
 
     def initial(self) -> Tensor | None:
-        if not self.beta:
+        if self.alpha == 1:
             return None
         return torch.tensor(artifacts.read(self.prior, self.name)["prior"], dtype=torch.float32)
 
@@ -103,5 +94,5 @@ class SadTM(TokenMerge, Calibrated):
         if self.alpha:
             total = total + self.alpha * select.min_max(at.attention(), every)
         if at.carried is not None:
-            total = total + self.beta * select.min_max(at.carried[:, at.special :], every)
+            total = total + (1 - self.alpha) * select.min_max(at.carried[:, at.special :], every)
         return total

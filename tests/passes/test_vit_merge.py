@@ -39,7 +39,7 @@ CHOOSE = {"tome": vit.tome, "sad-tm": vit.sad_tm(1.0)}
 
 
 def text(method: str, restore: str = "auto", prop: bool = True) -> str:
-    start = {"tome": "tome{r=3", "sad-tm": "sad-tm{mr=0.1 tau=1 alpha=1 beta=0"}[method]
+    start = {"tome": "tome{r=3", "sad-tm": "sad-tm{mr=0.1 tau=1 alpha=1"}[method]
     return f"{start} restore={restore} prop_attn={str(prop).lower()}}}"
 
 
@@ -116,7 +116,7 @@ def test_merging_in_a_vision_language_model(family: str, method: str) -> None:
     """Every patch has its row again where the projector reads it."""
     model, inputs = sharpened(family), zoo.inputs(family, batch=2)
     counts = {"tome": {0: 3, 1: 3}, "sad-tm": {1: 3}}[method]
-    pipeline = {"tome": "tome{r=3}", "sad-tm": "sad-tm{keep=0 alpha=1 beta=0 tau=1 mr=MR}"}[method]
+    pipeline = {"tome": "tome{r=3}", "sad-tm": "sad-tm{keep=0 alpha=1 tau=1 mr=MR}"}[method]
     patches = {"internvl": 64}.get(family, 16)
     pipeline = pipeline.replace("MR", str(round(3 / patches, 4)))
     oracle = vit.MergedEncoder(
@@ -162,7 +162,7 @@ def test_the_prior_weighs_and_travels(tmp_path: Path) -> None:
     artifacts.write(path, "sad-tm", captured("deit"), {"prior": prior})
     parts, counts = encoders.ENCODERS["deit"].parts, {0: 7, 1: 8, 2: 8}
     for alpha in (0.5, 0.0):
-        pipeline = f"sad-tm{{mr=0.3 tau=0 alpha={alpha} beta={1 - alpha} prior={path}}}"
+        pipeline = f"sad-tm{{mr=0.3 tau=0 alpha={alpha} prior={path}}}"
         oracle = vit.MergedEncoder(
             model, parts, vit.sad_tm(alpha), counts, prop_attn=False, restore=False, prior=prior
         )
@@ -182,7 +182,7 @@ def test_a_batch_equals_its_images(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pipeline", ["tome{r=0}", "tome{keep=25}", "tome{keep=1.0}", "sad-tm{mr=0 alpha=1 beta=0}"]
+    "pipeline", ["tome{r=0}", "tome{keep=25}", "tome{keep=1.0}", "sad-tm{mr=0 alpha=1}"]
 )
 def test_nothing_merged_is_nothing_changed(pipeline: str) -> None:
     stage = rewritten("vit", pipeline)
@@ -215,7 +215,7 @@ def test_inductor_merges_the_same() -> None:
     ("name", "pipeline"),
     [
         ("clip", "tome{r=3}"),
-        ("deit", "sad-tm{mr=0.1 tau=1 alpha=1 beta=0}"),
+        ("deit", "sad-tm{mr=0.1 tau=1 alpha=1}"),
     ],
 )
 def test_onnx_runtime_merges_the_same(name: str, pipeline: str, tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def counts(pipeline: str, patches: int = 196, depth: int = 12, special: int = 1)
 
 def test_sad_tm_merges_linearly_after_the_first_blocks() -> None:
     """Oracle 3 of the card: of the original number each time, not of what is left."""
-    left = counts("sad-tm{mr=0.05 tau=3 alpha=1 beta=0}")
+    left = counts("sad-tm{mr=0.05 tau=3 alpha=1}")
     assert left[:6] == [196, 196, 196, 186, 176, 167]
-    assert counts("sad-tm{mr=0.05 alpha=1 beta=0}") == left  # a quarter of twelve
-    assert counts("sad-tm{mr=0.5 alpha=1 beta=0}")[3:] == [98, *[1] * 8]  # one always stays
+    assert counts("sad-tm{mr=0.05 alpha=1}") == left  # a quarter of twelve
+    assert counts("sad-tm{mr=0.5 alpha=1}")[3:] == [98, *[1] * 8]  # one always stays
 
 
 def test_tome_merges_as_many_in_each_block() -> None:
@@ -259,7 +259,7 @@ def test_tome_merges_as_many_in_each_block() -> None:
     assert counts("tome{r=8 inflect=1}")[:2] == [196, 195]
 
 
-@pytest.mark.parametrize("method", ["tome{keep=%s}", "sad-tm{alpha=1 beta=0 tau=0 keep=%s}"])
+@pytest.mark.parametrize("method", ["tome{keep=%s}", "sad-tm{alpha=1 tau=0 keep=%s}"])
 def test_keep_says_how_many_are_left(method: str) -> None:
     assert counts(method % "0.5")[-1] == 98
     assert counts(method % "50")[-1] == 50
@@ -275,11 +275,10 @@ def test_keep_says_how_many_are_left(method: str) -> None:
         ("tome{layers=1,3}", PreconditionError, "cannot merge in block 3: stage model has blocks"),
         ("tome{r=1,2}", OptionError, "option r has 2 values for 3 blocks"),
         ("tome{keep=2}", OptionError, "3 blocks cannot leave 2 of 25 patches"),
-        ("sad-tm{tau=3 alpha=1 beta=0}", PreconditionError, "cannot merge in block 3"),
-        ("sad-tm{alpha=0.5 beta=0.1}", OptionError, "sum to 0.6, not to 1"),
-        ("sad-tm", OptionError, "there is no prior to weigh"),
+        ("sad-tm{tau=3 alpha=1}", PreconditionError, "cannot merge in block 3"),
+        ("sad-tm", OptionError, "alpha is 0.5, but there is no prior for the rest"),
         ("sad-tm{prior=nowhere.json}", ArtifactError, "cannot be read"),
-        ("tome | sad-tm{alpha=1 beta=0}", PreconditionError, "has already"),
+        ("tome | sad-tm{alpha=1}", PreconditionError, "has already"),
     ],
 )
 def test_options_that_do_not_fit(pipeline: str, error: type[Exception], message: str) -> None:
@@ -386,7 +385,7 @@ def test_saliency_outliers_correlate_least() -> None:
     flat = mean_correlation(torch.tensor([[1.0, 2, 3], [7, 7, 7], [2, 4, 6]]))
     torch.testing.assert_close(flat, torch.tensor([0.5, 0, 0.5], dtype=torch.float64))
     prior = mean_correlation(maps).float()
-    (method,) = parse_pipeline("sad-tm{alpha=0 beta=1 prior=unread.json}")
+    (method,) = parse_pipeline("sad-tm{alpha=0 prior=unread.json}")
     assert isinstance(method, SadTM)
     match, _ = method.match(point(torch.eye(3)[None], count=1, carried=prior[None]))
     assert match.sources.tolist() == [[2]]
@@ -404,7 +403,7 @@ def test_importance_weighs_what_is_merged() -> None:
 def test_the_prior_alone_chooses_the_same_in_every_block() -> None:
     """Oracle 4 of the card: whatever the tokens are, those of the lowest prior leave."""
     prior = torch.tensor([[0.0, 0.5, -0.2, 0.9, 0.1, 0.4]])
-    (method,) = parse_pipeline("sad-tm{alpha=0 beta=1 prior=unread.json}")
+    (method,) = parse_pipeline("sad-tm{alpha=0 prior=unread.json}")
     assert isinstance(method, SadTM)
     for seed in range(3):
         tokens = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(seed))
