@@ -216,6 +216,34 @@ def test_halves_of_layers_are_skipped(
     check(model, inputs, text, SkippedOracle(model, inputs, visual, skip, attention))
 
 
+def test_only_a_class_skips(tmp_path: Path) -> None:
+    model = zoo.build("llava")
+    inputs = zoo.inputs("llava", text=(6, 9, 4), images=(1, 2, 1))
+    visual = inputs["input_ids"] == zoo.IMAGE
+    path = tmp_path / "embedlens.json"
+    found = calibrate(model, [inputs], EmbedLens(anchors=ANCHORS), path)
+    table = model.get_input_embeddings().weight.detach()
+    near = methods.near_anchors(
+        lambda original, present: present - int(present * 0.3),
+        table[list(ANCHORS)],
+        found["thresholds"],
+    )
+
+    def rows(recorded: Recorded) -> torch.Tensor:
+        return visual & ~near(recorded, 0).stays
+
+    oracle = SkippedOracle(model, inputs, visual, (0.5, 1, 2), rows=rows)
+    text = f"sublayer-skip{{skip=0.5,1,2 share=0.3 artifact={path}}}"
+    check(model, inputs, text, oracle)
+    program = vlmopt.capture(model, inputs)
+    with pytest.raises(OptionError, match="needs an artifact where share is below 1"):
+        run_pipeline(program, "sublayer-skip{skip=1 share=0.3}")
+    with pytest.raises(OptionError, match="attention=vt is about all visual tokens"):
+        run_pipeline(program, f"sublayer-skip{{skip=1 share=0.3 artifact={path} attention=vt}}")
+    with pytest.raises(PreconditionError, match="looks at tokens as they enter layer 0"):
+        run_pipeline(program, f"stride-drop{{layers=0}} | {text}")
+
+
 def test_shares_that_become_zero() -> None:
     """The card's row: 0.2 to each of three visual tokens, 0.4 to text."""
     shares = torch.tensor([0.2, 0.2, 0.2, 0.4]).expand(1, 1, 4, 4)
