@@ -10,7 +10,8 @@ from oracles.agreement import Plan, assert_equals_oracle
 from oracles.reduced import ReducedOracle
 
 import vlmopt
-from vlmopt.errors import CaptureError
+from vlmopt.errors import CaptureError, PreconditionError
+from vlmopt.pipeline.manager import run_pipeline
 
 TEXT = "divprune{layers=1,3 keep=0.5}"
 
@@ -40,6 +41,12 @@ REASONS = {
 def test_a_family_that_cannot_leave_tokens_out_is_refused_with_the_fact(family: str) -> None:
     with pytest.raises(CaptureError, match=REASONS[family]):
         vlmopt.capture(zoo.build(family), zoo.inputs(family))
+
+
+def test_a_selector_needs_queries_and_keys_of_one_input() -> None:
+    program = vlmopt.capture(zoo.build("kimi_k25"), zoo.inputs("kimi_k25"))
+    with pytest.raises(PreconditionError, match="query and key of layer 1 are projected from diff"):
+        run_pipeline(program, "alvts{layers=1 keep=0.5}")
 
 
 def test_layers_whose_halves_are_parallel() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
 from vlmopt.analysis.sublayers import attention_of, projection_of
-from vlmopt.errors import ArtifactError
+from vlmopt.errors import ArtifactError, PreconditionError
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 from vlmopt.program import Modality
@@ -47,6 +47,13 @@ class Alvts(TokenDrop):
         attention = attention_of(values.layers, values.layer)
         inputs: Any = attention.args
         query, key = (projection_of(value) for value in inputs[:2])
+        if query.args[0] is not key.args[0]:
+            raise PreconditionError(
+                f"{self.name} copies projections of one input, and query and key of layer "
+                f"{values.layer} are projected from different ones",
+                node=query,
+                hint="choose another method for a model with latent attention",
+            )
         weights = [values.weight(linear.args[1]) for linear in (query, key)]
         if any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
             raise ArtifactError(
