@@ -459,6 +459,7 @@ def _stage(name: str, graph_module: Any, leaves: list[str | None], call_spec: An
 
 _OUTPUT_ROLES = {
     "last_hidden_state": Role.HIDDEN_STATES,
+    "hidden_states": Role.HIDDEN_STATES,
     "logits": Role.LOGITS,
     "output": Role.OTHER,
 }

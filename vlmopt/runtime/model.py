@@ -233,7 +233,7 @@ class Engine:
                 )
         # encoded beforehand, images would not be there for the prompt that they belong to
         self.twin._supports_mm_encoder_outputs = lambda: (
-            not self._sized and (model._supports_mm_encoder_outputs())
+            bool(self.specialisations) and not self._sized and model._supports_mm_encoder_outputs()
         )
         self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
         self.twin.train = self._train
