@@ -9,8 +9,12 @@ from vlmopt.pipeline.registry import find_pass
 
 
 def token_methods() -> list[str]:
-    """Names of the passes that drop visual tokens in the language model."""
-    return [name for name in PASSES if issubclass(find_pass(name), TokenDrop)]
+    """Names of the passes that drop visual tokens in the language model, as they come.
+
+    Not those that must be told what to look for.
+    """
+    found = [name for name in PASSES if issubclass(find_pass(name), TokenDrop)]
+    return [name for name in found if "anchors" not in option_types(find_pass(name))]
 
 
 def one_cut(method: str, layer: int, keep: float | int) -> str:
