@@ -186,10 +186,12 @@ class Blink(Pass):
                 rows, parents, live, region = before
                 values = CutValues(stage, layers, site.layer, kinds, visual, emit)
                 attention = attention_of_last(values, Copies(rows, parents, live))
+                device = site.hidden.meta["val"].device
+                known = (places, self.weights(side), self.parents(side))
                 rows, parents, live, region = emit.trace(
                     self._step,
                     *(site.hidden, kinds, attention, rows, live, region),
-                    *map(emit.constant, (places, self.weights(side), self.parents(side))),
+                    *(emit.constant(value.to(device)) for value in known),
                     names=("rows", "parents", "live", "region"),
                 )
                 return Copies(rows, parents, live), (region,)

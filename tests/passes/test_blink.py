@@ -13,6 +13,7 @@ import vlmopt
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens.blink import Blink
 from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.program import Program
 
 
 def alone(inputs: dict[str, Any], sample: int) -> dict[str, Any]:
@@ -24,6 +25,11 @@ def alone(inputs: dict[str, Any], sample: int) -> dict[str, Any]:
         else value.chunk(len(ids))[sample]
         for name, value in inputs.items()
     }
+
+
+@pytest.fixture(scope="module")
+def llava() -> Program:
+    return vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
 
 
 def pointed(family: str) -> Any:
@@ -148,10 +154,9 @@ def test_images_of_a_prompt_share_no_patch() -> None:
         ("fastv{layers=1} | blink{layers=2}", PreconditionError, "has already cut at layer 1"),
     ],
 )
-def test_what_cannot_be(text: str, error: type[Exception], message: str) -> None:
-    program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+def test_what_cannot_be(text: str, error: type[Exception], message: str, llava: Program) -> None:
     with pytest.raises(error, match=message):
-        run_pipeline(program, text)
+        run_pipeline(llava.clone(), text)
 
 
 def test_samples_with_different_numbers_of_images_are_refused() -> None:
