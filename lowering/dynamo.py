@@ -66,7 +66,7 @@ def vlmopt_backend(
     for one in parse_pipeline(chosen.passes):
         if one.needs_capture:
             raise OptionError(
-                f"{one.name} rewrites the vision encoder, which torch.compile does not show apart",
+                f"{one.name} works on the vision encoder, which torch.compile does not show apart",
                 hint="vlmopt.optimize(model, inputs, passes)",
             )
     shown = None

@@ -529,6 +529,8 @@ def _describe(stage: Stage, report: StageReport) -> dict[str, Any]:
         described["outputs"].append(_describe_port(stage, port, value))
     if report.past is not None:
         described["past"] = report.past
+    if "encoding" in stage.facts:
+        described["encoding"] = stage.facts["encoding"]
     if stage.cuts:
         described["cuts"] = [
             {

@@ -43,6 +43,7 @@ class RankedMerge(TokenDrop):
 
     reads = ("encoded_attention", "encoded_keys", "valid", "present")
     compact = True
+    needs_capture = True
     merges = True
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))

@@ -32,6 +32,7 @@ class SCoRe(TokenDrop):
     reference = "CVPR 2026"
     reads = ("encoded_attention", "encoded_features_or_hidden", "valid", "count")
     compact = True
+    needs_capture = True
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))

@@ -36,6 +36,7 @@ class ZooPrune(TokenDrop):
     reference = "arXiv 2509.24837"
     reads = ("encoded_features", "hidden", "valid", "count", "derivatives")
     compact = True
+    needs_capture = True
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))

@@ -168,8 +168,9 @@ def measure(
             rewritten = program.clone()
             run_pipeline(rewritten, pipeline)
             fewer = rewritten["language_model"]
-            functions[pipeline] = _compiled(fewer, values)
-            same, error = _checked(fewer, values, functions[pipeline], method, pipeline, dtype)
+            given = {**values, **_encoded(fewer)}
+            functions[pipeline] = _compiled(fewer, given)
+            same, error = _checked(fewer, given, functions[pipeline], method, pipeline, dtype)
             ideal = flops_ideal(stage, fewer)
             cuts.append(Cut(method, keep, pipeline, ideal, same, error))
         seconds = interleave(
@@ -200,6 +201,16 @@ def decoder_inputs(model: Any, program: Program, inputs: Mapping[str, Tensor]) -
         "position_ids": torch.arange(ids.shape[1], device=ids.device)[None],
         "modality": modality_of(ids, mask, program.metadata["visual_token_ids"]),
     }
+
+
+def _encoded(stage: Stage) -> dict[str, Tensor]:
+    """Random values in place of those of the vision encoder, which is not measured."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for port in stage.find_inputs(Role.ENCODED):
+        val = stage.placeholder(port).meta["val"]
+        found[port.name] = torch.rand(val.shape, generator=generator).to(val.device)
+    return found
 
 
 def _arguments(stage: Stage, values: Mapping[str, Tensor]) -> list[Tensor]:

@@ -114,7 +114,7 @@ class Pass(ABC):
     example: ClassVar[str] = ""
     """a pipeline text that shows typical options"""
     needs_capture: ClassVar[bool] = False
-    """rewrites a stage that only ``vlmopt.capture`` tells apart, such as the vision encoder"""
+    """rewrites or reads a stage that only ``vlmopt.capture`` tells apart, the vision encoder"""
     zero_matches_ok: ClassVar[bool] = False
     """a clean-up may find nothing; any other pass that finds nothing is an error"""
 
