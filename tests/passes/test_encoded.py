@@ -178,3 +178,16 @@ def test_rows_that_feed_several_tokens_have_no_route() -> None:
     assert route is not None
     assert route.tokens == (2, -1, 1, -1, 0, -1)
     assert Encoding((), {}, None).projector is None
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "why"),
+    [
+        ("tome{r=2} | visionzip{keep=0.5}", "tome.* has merged patches in the encoder"),
+        ("visionzip{keep=0.5} | tome{r=2}", "a pass before reads what each patch"),
+    ],
+)
+def test_patches_are_merged_or_read(pipeline: str, why: str) -> None:
+    program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+    with pytest.raises(PreconditionError, match=why):
+        run_pipeline(program, pipeline)

@@ -95,6 +95,12 @@ def _encoder_output(
     """Add an output to the encoder; the shape of one of its rows."""
     port = f"encoded_{name}"
     known = [one for one in encoder.outputs if one.name == port]
+    if not known and encoder.facts.get("merges"):
+        raise PreconditionError(
+            f"{encoder.facts['merges'][0]['by']} has merged patches in the encoder: what a patch "
+            "of its own would get there is not known any more",
+            hint="leave out one of the two",
+        )
     if not known:
         layers = find_layers(encoder)
         attentions = [
