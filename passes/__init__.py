@@ -16,6 +16,7 @@ PASSES = {
     "apet": "vlmopt.passes.tokens.apet:ApET",
     "vlm-pruner": "vlmopt.passes.tokens.vlm_pruner:VlmPruner",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
+    "hilo-prune": "vlmopt.passes.tokens.hilo_prune:HiLoPrune",
     "visionzip": "vlmopt.passes.tokens.visionzip:VisionZip",
     "score": "vlmopt.passes.tokens.score:SCoRe",
     "zoo-prune": "vlmopt.passes.tokens.zoo_prune:ZooPrune",

@@ -113,12 +113,14 @@ def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding
 
     Returns:
         ``block``: the last block that tokens of the prompt are made of; ``rows``: route of the rows
-        that leave it; ``projector``: route of the rows that enter the projector, or ``None``. Or
+        that leave it; ``projector``: route of the rows that enter the projector, or ``None``;
+        ``pixels``: where the pixels of each row stand, see :func:`_pixels_of_rows`, or ``None``. Or
         ``unknown``: why not.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad():
             block, route = _route_of_block(stage, given, encoding)
+            pixels = _pixels_of_rows(stage, given, route.shape)
     except PreconditionError as error:
         return {"unknown": str(error)}
     projector = encoding.projector
@@ -126,6 +128,7 @@ def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding
         "block": block,
         "rows": route.to_json(),
         "projector": None if projector is None else projector.to_json(),
+        "pixels": pixels,
     }
 
 
@@ -155,6 +158,43 @@ def _route_of_block(
         raise PreconditionError("each row that leaves the last block becomes part of many tokens")
     tokens = tuple(outer.tokens[row] if row >= 0 else -1 for row in inner.tokens)
     return block, Route(inner.shape, tokens)
+
+
+def _pixels_of_rows(
+    stage: Stage, given: Mapping[str, Any], shape: tuple[int, ...]
+) -> dict[str, Any] | None:
+    """Which values of the images each row that enters the blocks is made of.
+
+    Args:
+        shape: of these rows.
+
+    Returns:
+        ``input``: name of the images' port; ``first``: per row, the place of its first value when
+        they are laid out flat, -1 for rows that no pixel is part of; ``offsets`` of all its values
+        from there. ``None`` where patches overlap, or differ in form.
+    """
+    entry = find_layers(stage).entries[0]
+    ports = [p for p in stage.inputs if stage.placeholder(p).meta["val"].is_floating_point()]
+    if not ports or tuple(entry.meta["val"].shape[:-1]) != shape:
+        return None
+    images = max((stage.placeholder(port) for port in ports), key=lambda n: n.meta["val"].numel())
+    leaf, rows = _FromNode(stage, images, entry).run_from(given)
+    direction = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0))
+    value = rows.flatten(0, -2).float() @ direction.to(rows.device)
+    (route,) = _routes(value, [leaf], by_element=True)
+    if route is None:
+        return None
+    row = torch.tensor(route.tokens)
+    order = torch.sort(row, stable=True).indices[int((row < 0).sum()) :]
+    filled, counts = torch.unique(row[order], return_counts=True)
+    if len(set(counts.tolist())) != 1:
+        return None
+    places = order.view(len(filled), -1)
+    offsets = places - places[:, :1]
+    if bool((offsets != offsets[0]).any()):
+        return None
+    first = torch.full((len(value),), -1).scatter(0, filled, places[:, 0])
+    return {"input": images.name, "first": first.tolist(), "offsets": offsets[0].tolist()}
 
 
 def _above(node: fx.Node) -> set[fx.Node]:
@@ -209,6 +249,34 @@ def mean_by_token(rows: Tensor, tokens: Tensor, modality: Tensor) -> Tensor:
     number = torch.bincount(tokens[there], minlength=count).clamp(min=1)
     result = torch.zeros(*modality.shape, *rows.shape[1:], device=rows.device)
     result[vision] = total / number.view(-1, *[1] * (rows.ndim - 1))
+    return result
+
+
+def pixels_by_token(
+    images: Tensor, first: Tensor, offsets: Tensor, tokens: Tensor, modality: Tensor
+) -> Tensor:
+    """Pixels of the patches that each visual token is made of, one behind the other.
+
+    Args:
+        images: as the encoder takes them.
+        first: int64 ``[rows]``, and offsets int64 ``[pixels]``: see :func:`_pixels_of_rows`.
+        tokens: int64 ``[rows]``, see :class:`Route`.
+        modality: int64 ``[batch, tokens]`` of the prompt.
+
+    Returns:
+        float32 ``[batch, tokens, pixels of a token]``, 0 for tokens that no patch is part of.
+    """
+    there = (tokens >= 0) & (first >= 0)
+    rows, token = torch.nonzero(there)[:, 0], tokens[there]
+    order = torch.sort(token, stable=True).indices
+    filled, counts = torch.unique(token, return_counts=True)
+    places = (first[rows[order], None] + offsets).view(len(filled), -1)
+    assert len(set(counts.tolist())) == 1
+    vision = modality == Modality.VISION
+    values = images.new_zeros(int(vision.sum()), places.shape[1], dtype=torch.float32)
+    values[filled] = images.flatten()[places].float()
+    result = images.new_zeros(*modality.shape, places.shape[1], dtype=torch.float32)
+    result[vision] = values
     return result
 
 
@@ -293,18 +361,20 @@ def _depended_on(values: list[Tensor], leaves: dict[str, Tensor]) -> tuple[str, 
     return tuple(name for name, gradient in zip(leaves, found, strict=True) if gradient is not None)
 
 
-def _routes(value: Tensor, sources: list[Tensor]) -> list[Route | None]:
-    """Route of each source, from ``value`` ``[visual tokens]``.
+def _routes(
+    value: Tensor, sources: list[Tensor], *, by_element: bool = False
+) -> list[Route | None]:
+    """Route of each row of each source, or of each element, to ``value`` ``[visual tokens]``.
 
     The number of the token is read bit by bit: a gradient of the tokens in whose number a bit is
     set either is the gradient of all, or nothing.
     """
-    everything = _gradients(value, sources)
+    everything = _gradients(value, sources, by_element)
     number = torch.arange(len(value), device=value.device)
     found = [torch.zeros(g.shape[:-1], dtype=torch.int64, device=g.device) for g in everything]
     clear = [torch.ones_like(f, dtype=torch.bool) for f in found]
     for bit in range(max(1, (len(value) - 1).bit_length())):
-        some = _gradients(value * (number >> bit & 1), sources)
+        some = _gradients(value * (number >> bit & 1), sources, by_element)
         for at, (part, whole) in enumerate(zip(some, everything, strict=True)):
             share = (part * whole).sum(-1) / whole.square().sum(-1).clamp(min=1e-30)
             found[at] += (share > 0.5).long() << bit
@@ -320,12 +390,13 @@ def _routes(value: Tensor, sources: list[Tensor]) -> list[Route | None]:
     return routes
 
 
-def _gradients(value: Tensor, sources: list[Tensor]) -> list[Tensor]:
+def _gradients(value: Tensor, sources: list[Tensor], by_element: bool) -> list[Tensor]:
     found: Any = torch.autograd.grad(value.sum(), sources, retain_graph=True, allow_unused=True)
-    return [
+    gradients = [
         torch.zeros_like(source) if gradient is None else gradient.float()
         for source, gradient in zip(sources, found, strict=True)
     ]
+    return [gradient[..., None] for gradient in gradients] if by_element else gradients
 
 
 def _is_copied(rows: Tensor, left: Tensor, route: Route) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens import select
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
-from vlmopt.program import Modality, Program
+from vlmopt.program import Modality, Program, Stage
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.positions import has_one_axis
 from vlmopt.rewrite.projector import Projector
@@ -135,6 +136,46 @@ class TokenDrop(Pass):
         """
         return None
 
+    def begin(self, program: Program, ctx: PassContext) -> dict[str, fx.Node]:
+        """What to do before the first cut.
+
+        Returns:
+            Per-token values that cuts may read by these names, ``[batch, tokens]``.
+        """
+        return {}
+
+    @contextmanager
+    def at_entry(self, program: Program, ctx: PassContext) -> Iterator[CutValues]:
+        """Values at the entry of the language model, with an emitter there."""
+        stage = token_stage(program)
+        modality = modality_of_tokens(stage)
+        layers = find_layers(stage, after=modality.anchor)
+        entry, counts = layers.entries[0], modality.visual
+        site = CutSite(
+            stage,
+            0,
+            entry,
+            modality.source,
+            modality.kept,
+            counts,
+            counts,
+            match=1,
+            prefix=_identifier(self.name),
+            ctx=ctx,
+        )
+        with emitting(site, entry) as (emit, here, _):
+            yield CutValues(stage, layers, 0, here, counts, emit, {}, program, ctx, modality.kept)
+
+    def emitter(self, stage: Stage, ctx: PassContext, place: fx.Node) -> Emitter:
+        """An emitter of this pass at ``place``."""
+        return Emitter(
+            stage.graph,
+            stamp=lambda node: ctx.stamp(node, 1),
+            place=place,
+            prefix=_identifier(self.name),
+            fake_mode=stage.fake_mode(),
+        )
+
     def is_fixed(self) -> bool:
         """Whether the choice is made when the graph is rewritten: it must not depend on values."""
         return False
@@ -198,7 +239,7 @@ class TokenDrop(Pass):
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         stage = token_stage(program)
         before = len(stage.cuts)
-        carried: dict[str, fx.Node] = {}
+        carried = self.begin(program, ctx)
         since = 0
         for layer, keep in self.cuts():
             carried = self._cut(program, layer, keep, since, carried, ctx)

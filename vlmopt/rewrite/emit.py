@@ -10,6 +10,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from vlmopt.errors import UnsupportedOperatorError
 from vlmopt.program import fetch_attr
 
 
@@ -147,10 +148,21 @@ class Emitter:
 
 
 def propagate(graph: fx.Graph, nodes: set[fx.Node], fake_mode: Any) -> None:
-    """Record anew the fake values of ``nodes``, in graph order."""
+    """Record anew the fake values of ``nodes``, in graph order.
+
+    Raises:
+        UnsupportedOperatorError: an operator cannot run on what its arguments are now.
+    """
     with fake_mode:
         for node in graph.nodes:
             if node in nodes and node.op == "call_function":
                 args = pytree.tree_map(value_of, node.args)
                 kwargs = pytree.tree_map(value_of, node.kwargs)
-                node.meta["val"] = node.target(*args, **kwargs)
+                try:
+                    node.meta["val"] = node.target(*args, **kwargs)
+                except RuntimeError as error:
+                    raise UnsupportedOperatorError(
+                        f"{node.target} cannot run on fewer tokens: {error}",
+                        node=node,
+                        hint="capture with a batch of one, or report the model",
+                    ) from error

@@ -25,6 +25,9 @@ aten = torch.ops.aten
 FEATURES = "features"
 """What enters the projector: no output of the encoder, the runtime takes it from there."""
 
+PIXELS = "pixels"
+"""Pixels of the patches that a token is made of: of the encoder's input."""
+
 
 def encoding_of(program: Program) -> dict[str, Any]:
     """What capture found between encoder and prompt: facts ``block``, ``rows``, ``projector``.
@@ -56,7 +59,7 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
     """The input of the language model that holds a value of the encoder, made if need be.
 
     Args:
-        name: ``attention``, ``keys`` or ``features``.
+        name: ``attention``, ``keys``, ``features`` or ``pixels``.
 
     Returns:
         Its placeholder: float32 ``[batch, tokens]`` or ``[batch, tokens, width]`` over the whole
@@ -76,6 +79,8 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
             )
         entering = program["projector"].inputs[0]
         width = tuple(program["projector"].placeholder(entering).meta["val"].shape[-1:])
+    elif name == PIXELS:
+        width = (_pixels_of_token(facts),)
     else:
         width = _encoder_output(program["vision_encoder"], facts, name, ctx)
     graph = stage.graph
@@ -87,6 +92,18 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
     ctx.stamp(node, 1)
     stage.inputs = (*stage.inputs, Port(node.name, Role.ENCODED))
     return node
+
+
+def _pixels_of_token(facts: dict[str, Any]) -> int:
+    pixels, tokens = facts["pixels"], [token for token in facts["rows"]["tokens"] if token >= 0]
+    counts = {tokens.count(token) for token in set(tokens)}
+    if pixels is None or len(counts) != 1:
+        raise PreconditionError(
+            "the encoder does not cut images into patches that lie side by side, as many for each "
+            "token",
+            hint="use a pass that needs no pixels",
+        )
+    return counts.pop() * len(pixels["offsets"])
 
 
 def _encoder_output(

@@ -11,20 +11,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.exporters.utils import precompute_export_inputs
 
-from vlmopt.encoding import mean_by_token, name_of, named_tensors
+from vlmopt.encoding import mean_by_token, name_of, named_tensors, pixels_by_token
 from vlmopt.errors import PreconditionError
 from vlmopt.program import Program, Role, Stage
-from vlmopt.rewrite.encoded import FEATURES
+from vlmopt.rewrite.encoded import FEATURES, PIXELS
 
 Compile = Callable[[Stage], Callable[..., tuple[Tensor, ...]]]
 
 
 class EncoderStage:
-    """The rewritten stage in place of the module's own forward pass.
-
-    Attributes:
-        wants_features: what enters the projector must be handed to :meth:`tokens` too.
-    """
+    """The rewritten stage in place of the module's own forward pass."""
 
     def __init__(self, program: Program, compile_stage: Compile) -> None:
         self.stage = program["vision_encoder"]
@@ -33,7 +29,6 @@ class EncoderStage:
             port.name.removeprefix("encoded_")
             for port in program["language_model"].find_inputs(Role.ENCODED)
         ]
-        self.wants_features = FEATURES in self.wanted
         self._routes = self.stage.facts.get("encoding", {})
 
     def encode(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -61,7 +56,11 @@ class EncoderStage:
                     "passes that leave the encoder alone",
                 )
         results = self._run(*(values[port.name] for port in self.stage.inputs))
-        return {port.name: value for port, value in zip(self.stage.outputs, results, strict=True)}
+        names = [port.name for port in self.stage.outputs]
+        outputs = dict(zip(names, results, strict=True))
+        if PIXELS in self.wanted:
+            outputs[PIXELS] = values[self._routes["pixels"]["input"]]
+        return outputs
 
     def tokens(
         self, outputs: Mapping[str, Tensor], features: Tensor | None, modality: Tensor
@@ -69,6 +68,9 @@ class EncoderStage:
         """What the language model takes from the encoder, in the order of the prompt."""
         found = {}
         for name in self.wanted:
+            if name == PIXELS:
+                found["encoded_pixels"] = self._pixels(outputs[PIXELS], modality)
+                continue
             route = self._routes["projector" if name == FEATURES else "rows"]
             rows = features if name == FEATURES else outputs[f"encoded_{name}"]
             if rows is None:
@@ -81,6 +83,14 @@ class EncoderStage:
             tokens = torch.tensor(route["tokens"], device=rows.device)
             found[f"encoded_{name}"] = mean_by_token(rows, tokens, modality)
         return found
+
+    def _pixels(self, images: Tensor, modality: Tensor) -> Tensor:
+        pixels = self._routes["pixels"]
+        first, offsets, tokens = (
+            torch.tensor(value, device=images.device)
+            for value in (pixels["first"], pixels["offsets"], self._routes["rows"]["tokens"])
+        )
+        return pixels_by_token(images, first, offsets, tokens, modality)
 
 
 class OutputForm:

@@ -1,0 +1,122 @@
+"""Hi-Lo Prune: keep what differs in pixels and meaning, after a look at what will be lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from vlmopt.analysis.layers import find_layers
+from vlmopt.analysis.modality import modality_of_tokens, token_stage
+from vlmopt.errors import OptionError
+from vlmopt.ops.selection import farthest_point
+from vlmopt.passes.tokens import select
+from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.pipeline.options import option, override
+from vlmopt.pipeline.passes import PassContext
+from vlmopt.program import Modality, Program
+from vlmopt.rewrite.fusion import raise_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiLoPrune(TokenDrop):
+    """Keep visual tokens that differ in pixels, then in meaning; attend to the runners-up before.
+
+    A coarse set is picked by farthest-point sampling of the pixels of each token, and out of it
+    those that stay, by farthest-point sampling of embeddings. In the layers before the cut all
+    other tokens raise their logits towards the runners-up of the coarse set, where attention is
+    above average and among the largest: ``gain`` times the logit is added. Then the runners-up go
+    with the rest. The paper does not publish ``gain``, ``threshold`` and ``top``.
+
+    Reference: "Hi-Lo Prune: Look at What You'll Lose before Pruning with Hierarchical Token
+    Selection", CVPR 2026.
+    """
+
+    name = "hilo-prune"
+    example = "hilo-prune{layers=2 keep=0.1}"
+    reference = "CVPR 2026"
+    reads = ("selection",)
+    needs_capture = True
+    first_layer = 1
+
+    keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.1,))
+    alpha: float = option(
+        0.0, "size of the coarse set, times those that stay; 0: 30 % of all above these", ge=0
+    )
+    gain: float = option(0.5, "what is added to a raised logit, times the logit", ge=0)
+    positive: bool = option(False, "add the magnitude: a negative logit is raised too")
+    threshold: float = option(0.0, "attention above which logits are raised; 0: average", ge=0)
+    top: int = option(16, "runners-up that a token may raise", ge=1)
+
+    def requires(self, program: Program) -> None:
+        super().requires(program)
+        if len(self.layers) > 1:
+            raise OptionError(
+                f"{self.name} cuts at one layer, not at {len(self.layers)}",
+                hint="let another pass cut later: hilo-prune{layers=2} | fastv{layers=8}",
+            )
+
+    def begin(self, program: Program, ctx: PassContext) -> dict[str, fx.Node]:
+        """Select at the entry of the language model; raise attention up to the cut."""
+        stage = token_stage(program)
+        with self.at_entry(program, ctx) as values:
+            given = (values.modality, values["encoded_pixels"], values.hidden)
+            selection = values.emit.trace(self.select, *given, names=("selection",))
+        layers = find_layers(stage, after=modality_of_tokens(stage).anchor)
+        for layer in range(self.layers[0]) if self.gain else ():
+            emitter = partial(self.emitter, stage, ctx)
+            raise_attention(stage, layers, layer, selection, self.added, emitter)
+        return {"selection": selection}
+
+    def select(self, modality: Tensor, pixels: Tensor, hidden: Tensor) -> Tensor:
+        """Above 0 for what stays, earlier picks first; below 0 for runners-up; else 0.
+
+        Args:
+            modality: int64 ``[batch, tokens]``.
+            pixels, hidden: ``[batch, tokens, ...]``.
+
+        Returns:
+            float32 ``[batch, tokens]``.
+        """
+        visual = modality == Modality.VISION
+        slots, valid = select.visual_slots(visual, visual.shape[1])
+        present = visual.sum(1, keepdim=True)
+        quota = self._quotas(present, self.keep[0])
+        wide = quota + 0.3 * present if not self.alpha else self.alpha * quota
+        coarse_size = torch.minimum(torch.ceil(wide - 1e-6).long(), present)
+        coarse = self.first(select.take(pixels, slots), valid, coarse_size)
+        fine = self.first(select.take(hidden, slots), coarse > 0, quota)
+        found = torch.where(fine > 0, fine, torch.where(coarse > 0, -1.0, 0.0))
+        return torch.zeros_like(found).scatter(1, slots, torch.where(valid, found, 0.0))
+
+    @staticmethod
+    def first(rows: Tensor, among: Tensor, count: Tensor) -> Tensor:
+        """Farthest-point sampling, ``count`` picks per sample: float32, falling, 0 for the rest."""
+        tokens = rows.shape[1]
+        picks = farthest_point(rows, among, None, None, tokens, "cosine")
+        order = select.by_order(picks, tokens)
+        return torch.where(among & (order > tokens - count), order, 0.0)
+
+    def added(self, logits: Tensor, selection: Tensor) -> Tensor:
+        """What is added to the logits.
+
+        Args:
+            logits: float32 ``[batch, heads, tokens, tokens]``, minus infinity where hidden.
+            selection: of :meth:`select`.
+        """
+        chance = logits.softmax(-1).nan_to_num(0.0)
+        leaving = (selection < 0)[:, None, None]
+        seen = (logits > float("-inf")).sum(-1, keepdim=True).clamp(min=1)
+        limit = self.threshold or 1 / seen
+        among = torch.where(leaving, chance, -1.0)
+        least = among.topk(min(self.top, among.shape[-1]), dim=-1).values[..., -1:]
+        raised = leaving & ~leaving.transpose(-1, -2) & (chance > limit) & (among >= least)
+        size = logits.abs() if self.positive else logits
+        return torch.where(raised, self.gain * size, 0.0)
+
+    @staticmethod
+    def score(selection: Tensor) -> Tensor:  # type: ignore[override]
+        """The order of picking."""
+        return selection
