@@ -785,7 +785,9 @@ def build(name: str, *, layers: int = 4, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = EVERY_FAMILY[name].build(layers).eval()
     for weight in model.parameters():
-        if weight.ndim > 1 and not weight.any():  # a projector of zeros would hide all images
+        if (
+            weight.ndim > 1 and not weight.is_meta and not weight.any()
+        ):  # a projector of zeros would hide all images
             torch.nn.init.normal_(weight, std=0.02)
     return model
 

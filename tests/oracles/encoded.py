@@ -25,7 +25,9 @@ class Encoded:
     Attributes:
         attention: received by each visual token, one list per sample.
         keys: of each visual token, ``[visual tokens, size]`` per sample.
-        features: what its projector takes, per sample; ``None`` where a token has no row there.
+        features: what its projector takes, per sample, and what merges; ``None`` where a token has
+            no row there of its own.
+        apart: between which distances are taken; ``None`` for embeddings.
     """
 
     def __init__(self, model: Any, inputs: dict[str, Any], family: str) -> None:
@@ -41,9 +43,8 @@ class Encoded:
         self.attention = [[float(a) for a, _ in sample] for sample in samples]
         self.keys = [torch.stack([k for _, k in sample]) for sample in samples]
         self.project: Any = getattr(model.model, "multi_modal_projector", None)
-        self.features = None
-        if family == "llava":
-            self.features = self.entering
+        self.features = self.entering if family == "llava" else None
+        self.apart = self.entering if family in ("llava", "gemma3") else None
 
     @torch.no_grad()
     def _record(self, model: Any, inputs: dict[str, Any]) -> list[list[Any]]:
@@ -214,8 +215,8 @@ def score(encoded: Encoded, keep: Keep, alpha: float) -> Choose:
     def imposed(recorded: Recorded, layer: int) -> Choice:
         def choose(sample: int, count: int) -> tuple[list[int], dict[int, list[int]]]:
             rows = recorded.hidden[layer][sample][recorded.visual[sample]]
-            if encoded.features is not None:
-                rows = encoded.features[sample]
+            if encoded.apart is not None:
+                rows = encoded.apart[sample]
             salience = encoded.attention[sample]
             weight = [value**alpha for value in salience]
             start = _ranked(salience)[0]

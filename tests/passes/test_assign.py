@@ -122,7 +122,7 @@ def test_merging_half_precision_accumulates_in_full() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode 'x' is neither mean nor sum"):
+    with pytest.raises(ValueError, match="mode 'max' is neither mean nor sum"):
         assign.assigned_merge(
             torch.ones(1, 2, 1), torch.zeros(1, 2).long(), torch.ones(1, 2), "max"
         )
