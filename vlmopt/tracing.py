@@ -2,7 +2,8 @@
 
 Hugging Face models are split and traced by ``transformers.exporters``; any other module by
 ``torch.export``. Weights may be absent (parameters on the meta device): the graphs are the same,
-and everything except running them works.
+but the vision encoder gives all that its module returns, and not just what the model reads.
+Everything works except running them, and passes that read the encoder.
 """
 
 from __future__ import annotations
