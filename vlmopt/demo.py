@@ -104,7 +104,7 @@ def _speed(rounds: int, steps: Steps) -> str:
         )
     (cut,) = result.cuts
     shape, ratio = result.shape, result.speedup(cut)
-    slow, fast = (prefill.milliseconds(result.seconds[name]) for name in ("hf", str(cut.keep)))
+    slow, fast = (prefill.milliseconds(result.seconds[name]) for name in ("hf", cut.pipeline))
     lines = [
         f"speed of prefill, measured now: {Environment.here().text()}",
         f"a LLaVA with random weights ({shape.layers} layers, width {shape.width}, "
