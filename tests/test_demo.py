@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from vlmopt import demo
+from vlmopt.bench import prefill
+from vlmopt.bench.models import parse_shape
 from vlmopt.cli import main
 
 
@@ -28,3 +34,15 @@ def test_a_mistake_is_told_before_anything_is_captured(capsys: pytest.CaptureFix
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.startswith("error: ") and "v2drop" in told.err
+
+
+def test_speed_is_that_of_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From times as the benchmark keeps them, by the text of what was timed."""
+    pipeline = "v2drop{layers=2 keep=192}"
+    cut = prefill.Cut("v2drop", 192, pipeline, 2.0, 1.0, 1e-6)
+    seconds = {"hf": [0.4] * 5, pipeline: [0.25] * 5}
+    result = prefill.Prefill(parse_shape("2x64"), "float32", (cut,), seconds, {})
+    monkeypatch.setattr(prefill, "measure", lambda *args, **kwargs: result)
+    steps: Any = SimpleNamespace(detail=lambda text: None)
+    told = demo._speed(5, steps)
+    assert "1.60 times as fast" in told or "C++ compiler" in told
