@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from vlmopt.analysis.layers import layer_of
 from vlmopt.errors import PreconditionError
 from vlmopt.graph import operators  # noqa: F401 - registers vlmopt::mark_tokens
+from vlmopt.graph.reach import reached, sources, users
 from vlmopt.rewrite.emit import value_of
 
 aten = torch.ops.aten
@@ -140,23 +141,14 @@ _COPIES = (
 
 def _layers_after(anchor: fx.Node) -> set[str]:
     """Containers whose repeated blocks, from the first on, depend on ``anchor``."""
-    places = _blocks(_reached(anchor, lambda node: node.users))
+    places = _blocks(reached([anchor], users))
     return {container for container, index in places if index == 0}
 
 
 def _layers_before(anchor: fx.Node) -> set[str]:
     """Containers with blocks that ``anchor`` depends on."""
-    places = _blocks(_reached(anchor, lambda node: node.all_input_nodes))
+    places = _blocks(reached([anchor], sources))
     return {container for container, _ in places}
-
-
-def _reached(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    seen, stack = {start}, [start]
-    while stack:
-        new = set(step(stack.pop())) - seen
-        seen |= new
-        stack.extend(new)
-    return seen
 
 
 def _blocks(nodes: Iterable[fx.Node]) -> set[tuple[str, int]]:

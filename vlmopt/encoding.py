@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from vlmopt.analysis.layers import exit_of, find_layers
 from vlmopt.errors import PreconditionError
+from vlmopt.graph.reach import reached, sources
 from vlmopt.program import Modality, Stage
 
 
@@ -138,7 +139,7 @@ def _route_of_block(
     layers = find_layers(stage)
     found: list[tuple[int, str, Route]] = []
     for name, route in encoding.outputs.items():
-        above = _above(stage.output_node(name))
+        above = reached([stage.output_node(name)], sources)
         depth = max((layers.of[node] for node in above if node in layers.of), default=-1)
         if route is None:
             raise PreconditionError("each row that leaves the encoder becomes part of many tokens")
@@ -195,15 +196,6 @@ def _pixels_of_rows(
         return None
     first = torch.full((len(value),), -1).scatter(0, filled, places[:, 0])
     return {"input": images.name, "first": first.tolist(), "offsets": offsets[0].tolist()}
-
-
-def _above(node: fx.Node) -> set[fx.Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        fresh = set(stack.pop().all_input_nodes) - seen
-        seen |= fresh
-        stack.extend(fresh)
-    return seen
 
 
 class _FromNode(fx.Interpreter):

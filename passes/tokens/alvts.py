@@ -11,10 +11,11 @@ from torch._subclasses import FakeTensor
 
 from vlmopt.analysis.sublayers import attention_of, projection_of
 from vlmopt.errors import ArtifactError, PreconditionError
+from vlmopt.graph.attention import is_causal
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 from vlmopt.program import Modality
-from vlmopt.rewrite.values import CutValues, compute_rows, is_causal
+from vlmopt.rewrite.values import CutValues, compute_rows
 
 
 @dataclass(frozen=True, kw_only=True)

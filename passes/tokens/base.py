@@ -24,7 +24,7 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens import select
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
-from vlmopt.program import Modality, Program, Stage
+from vlmopt.program import Modality, Program
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.positions import has_one_axis
 from vlmopt.rewrite.projector import Projector
@@ -165,16 +165,6 @@ class TokenDrop(Pass):
         )
         with emitting(site, entry) as (emit, here, _):
             yield CutValues(stage, layers, 0, here, counts, emit, {}, program, ctx, modality.kept)
-
-    def emitter(self, stage: Stage, ctx: PassContext, place: fx.Node) -> Emitter:
-        """An emitter of this pass at ``place``."""
-        return Emitter(
-            stage.graph,
-            stamp=lambda node: ctx.stamp(node, 1),
-            place=place,
-            prefix=_identifier(self.name),
-            fake_mode=stage.fake_mode(),
-        )
 
     def is_fixed(self) -> bool:
         """Whether the choice is made when the graph is rewritten: it must not depend on values."""

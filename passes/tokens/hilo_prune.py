@@ -17,6 +17,7 @@ from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program
+from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.fusion import raise_attention
 
 
@@ -65,8 +66,8 @@ class HiLoPrune(TokenDrop):
             given = (values.modality, values["encoded_pixels"], values.hidden)
             selection = values.emit.trace(self.select, *given, names=("selection",))
         layers = find_layers(stage, after=modality_of_tokens(stage).anchor)
+        emitter = partial(Emitter.of_pass, ctx, stage, prefix=self.name)
         for layer in range(self.layers[0]) if self.gain else ():
-            emitter = partial(self.emitter, stage, ctx)
             raise_attention(stage, layers, layer, selection, self.added, emitter)
         return {"selection": selection}
 

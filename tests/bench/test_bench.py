@@ -75,7 +75,7 @@ def test_a_bad_shape_is_refused(text: str) -> None:
     with pytest.raises(OptionError) as caught:
         parse_shape(text)
     assert str(caught.value) == (
-        f"{text!r} is no shape of a decoder\n"
+        f"{text!r} is no size of a decoder\n"
         "  try: LAYERSxWIDTH, such as 12x512; the width is a multiple of 64"
     )
 
@@ -349,7 +349,7 @@ def test_the_tool_prints_and_writes(
 
 def test_the_tool_tells_of_mistakes(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main(["prefill", "--shape", "wide"]) == 1
-    assert capsys.readouterr().err.startswith("error: 'wide' is no shape of a decoder\n")
+    assert capsys.readouterr().err.startswith("error: 'wide' is no size of a decoder\n")
 
 
 def test_the_tool_times_operators(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from torch import fx
 
 from vlmopt.analysis.layers import Layers, find_layers, layer_of
 from vlmopt.errors import PreconditionError
+from vlmopt.graph.attention import attention_mask, is_causal
+from vlmopt.graph.reach import reached, sources
 from vlmopt.program import Program, Stage
 
 aten = torch.ops.aten
@@ -113,16 +115,16 @@ def _require_open(stage: Stage, layers: Layers) -> None:
     for node in layers.of:
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
-        given = dict(zip(_ATTENTION, node.args, strict=False)) | node.kwargs
-        mask: Any = given.get("attn_mask")
-        if given.get("is_causal"):
+        mask = attention_mask(node)
+        if is_causal(node):
             raise PreconditionError(
                 f"the blocks of stage {stage.name} are a decoder's: no token sees a later one",
                 node=node,
                 hint="there are other passes for decoders, for example v2drop",
             )
         if mask is not None:
-            read = sorted(value.name for value in _inputs_of(mask))
+            above = reached([mask], sources)
+            read = sorted(value.name for value in above if value.op == "placeholder")
             why = (
                 f"as {', '.join(read)} says when it is run" if read else "such as those of another"
             )
@@ -134,20 +136,6 @@ def _require_open(stage: Stage, layers: Layers) -> None:
                 if read
                 else "capture with one image",
             )
-
-
-def _inputs_of(value: fx.Node) -> set[fx.Node]:
-    seen, stack = {value}, [value]
-    while stack:
-        fresh = set(stack.pop().all_input_nodes) - seen
-        seen |= fresh
-        stack.extend(fresh)
-    return {node for node in seen if node.op == "placeholder"}
-
-
-_ATTENTION = tuple(
-    argument.name for argument in aten.scaled_dot_product_attention.default._schema.arguments
-)
 
 
 class _Origins:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from vlmopt.errors import PreconditionError
+from vlmopt.graph.reach import reached, users
 from vlmopt.program import Stage
 
 _INDEXED = re.compile(r"^(?P<container>(?:.*\.)?[A-Za-z_]\w*)\.(?P<index>\d+)$")
@@ -88,7 +89,7 @@ def find_layers(stage: Stage, *, after: fx.Node | None = None) -> Layers:
         for node in stage.graph.nodes
         if node.op == "call_function" and (place := layer_of(node)) is not None
     }
-    considered = places.keys() if after is None else places.keys() & _reachable(after)
+    considered = places.keys() if after is None else places.keys() & reached([after], users)
     blocks: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for node in considered:
         name, index = places[node]
@@ -166,14 +167,3 @@ def _depends_on_layer(value: fx.Node, of: dict[fx.Node, int], layer: int) -> boo
             continue
         stack.extend(node.all_input_nodes)
     return False
-
-
-def _reachable(start: fx.Node) -> set[fx.Node]:
-    seen = {start}
-    stack = [start]
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return seen

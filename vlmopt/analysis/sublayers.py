@@ -9,6 +9,7 @@ from torch import fx
 
 from vlmopt.analysis.layers import Layers
 from vlmopt.errors import PreconditionError
+from vlmopt.graph.reach import reached, sources
 
 aten = torch.ops.aten
 
@@ -98,7 +99,7 @@ def sublayers(layers: Layers, layer: int) -> Sublayers:
     if added is None:
         raise _built_otherwise(layers, layer)
     first_sum, attention_out = added
-    attention_in = _first_linear_input(inside, beside & _sources(attention), entry)
+    attention_in = _first_linear_input(inside, beside & reached([attention], sources), entry)
     after = _reached(first_sum, set(inside)) - {first_sum}
     in_turn = _residual(first_sum, inside, after)
     if in_turn is not None:
@@ -113,7 +114,7 @@ def sublayers(layers: Layers, layer: int) -> Sublayers:
         if parts is None:
             raise _built_otherwise(layers, layer)
         out, (attention_out, ffn_out) = first_sum, parts
-    ffn_in = _first_linear_input(inside, beside & _sources(ffn_out), entry)
+    ffn_in = _first_linear_input(inside, beside & reached([ffn_out], sources), entry)
     return Sublayers(attention_in, attention_out, ffn_in, ffn_out, out, None)
 
 
@@ -138,16 +139,6 @@ def _built_otherwise(layers: Layers, layer: int) -> PreconditionError:
         f"layer {layer} of {layers.container} does not add its parts to the residual stream",
         node=layers.entries[layer],
     )
-
-
-def _sources(value: fx.Node) -> set[fx.Node]:
-    seen, stack = {value}, [value]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return seen
 
 
 def _parts(

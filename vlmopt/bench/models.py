@@ -54,8 +54,8 @@ class Shape:
         return round(self.visual**0.5) * _PATCH
 
 
-def parse_shape(text: str) -> Shape:
-    """``12x512``: layers and width of a decoder with heads 64 wide, behind a tiny vision tower.
+def layers_and_width(text: str, of: str) -> tuple[int, int]:
+    """``12x512`` as two numbers, for a transformer with heads 64 wide.
 
     Raises:
         OptionError: the text is none of these.
@@ -64,9 +64,19 @@ def parse_shape(text: str) -> Shape:
     layers, width = (int(part) for part in found.groups()) if found else (0, 0)
     if layers < 1 or width < 64 or width % 64:
         raise OptionError(
-            f"{text!r} is no shape of a decoder",
+            f"{text!r} is no size of {of}",
             hint="LAYERSxWIDTH, such as 12x512; the width is a multiple of 64",
         )
+    return layers, width
+
+
+def parse_shape(text: str) -> Shape:
+    """``12x512``: layers and width of a decoder with heads 64 wide, behind a tiny vision tower.
+
+    Raises:
+        OptionError: the text is none of these.
+    """
+    layers, width = layers_and_width(text, "a decoder")
     return Shape(layers, width, heads=width // 64)
 
 

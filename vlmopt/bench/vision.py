@@ -5,16 +5,16 @@ Timed is a vision transformer with its classifier, from pixels to logits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from vlmopt.bench.models import layers_and_width
 from vlmopt.bench.prefill import flops_ideal, markdown, milliseconds
 from vlmopt.bench.timing import Ratio, interleave, is_noisy
-from vlmopt.errors import OptionError, VerifyError
+from vlmopt.errors import VerifyError
 from vlmopt.graph.compare import TOLERANCES
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.tracing import capture
@@ -48,14 +48,7 @@ def parse_size(text: str) -> Size:
     Raises:
         OptionError: the text is none of these.
     """
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    layers, width = (int(part) for part in found.groups()) if found else (0, 0)
-    if layers < 1 or width < 64 or width % 64:
-        raise OptionError(
-            f"{text!r} is no size of a vision transformer",
-            hint="LAYERSxWIDTH, such as 12x384; the width is a multiple of 64",
-        )
-    return Size(layers, width)
+    return Size(*layers_and_width(text, "a vision transformer"))
 
 
 def build_vit(size: Size, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from vlmopt.graph.attention import ARGUMENTS, attention_arguments
+
 aten = torch.ops.aten
 
 LARGEST = 2**28
@@ -37,7 +39,7 @@ def drop_constant_masks(graph: fx.Graph) -> int:
     for node in graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     ):
-        arguments = dict(zip(_NAMES, node.args, strict=False)) | node.kwargs
+        arguments = attention_arguments(node)
         mask = arguments.pop("attn_mask", None)
         if not isinstance(mask, fx.Node) or arguments.get("is_causal"):
             continue
@@ -49,17 +51,12 @@ def drop_constant_masks(graph: fx.Graph) -> int:
             continue
         if kinds[mask] == "causal":
             arguments["is_causal"] = True
-        node.args = tuple(arguments.pop(name) for name in _NAMES[:3])
-        node.kwargs = {name: arguments[name] for name in _NAMES if name in arguments}
+        node.args = tuple(arguments.pop(name) for name in ARGUMENTS[:3])
+        node.kwargs = {name: arguments[name] for name in ARGUMENTS if name in arguments}
         changed += 1
     if changed:
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return changed
-
-
-_NAMES = tuple(
-    argument.name for argument in aten.scaled_dot_product_attention.default._schema.arguments
-)
 
 
 def _length(node: fx.Node, operand: int) -> Any:

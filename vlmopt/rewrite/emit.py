@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from vlmopt.errors import UnsupportedOperatorError
-from vlmopt.program import fetch_attr
+from vlmopt.pipeline.passes import PassContext
+from vlmopt.program import Stage, fetch_attr
 
 
 def value_of(node: Any) -> Any:
@@ -55,6 +56,19 @@ class Emitter:
         self.prefix = prefix
         self.fake_mode = fake_mode
         self.made: list[fx.Node] = []
+
+    @classmethod
+    def of_pass(
+        cls, ctx: PassContext, stage: Stage, place: fx.Node, prefix: str, match: int = 1
+    ) -> Emitter:
+        """One whose nodes are stamped as made by a pass, at its ``match``-th place."""
+        return cls(
+            stage.graph,
+            stamp=lambda node: ctx.stamp(node, match),
+            place=place,
+            prefix=prefix.replace("-", "_"),
+            fake_mode=stage.fake_mode(),
+        )
 
     def call(self, target: Any, *args: Any, name: str = "", **kwargs: Any) -> fx.Node:
         """One operator, inserted at the current insertion point of the graph."""

@@ -6,7 +6,9 @@ The encoder stage gives one more output, the language model takes one more input
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import vlmopt.ops  # noqa: F401 - registers vlmopt::attention_mass
 from vlmopt.analysis.encoder import special_tokens
 from vlmopt.analysis.layers import find_layers
 from vlmopt.errors import PreconditionError
+from vlmopt.graph.attention import attention_arguments
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Port, Program, Role, Stage
 from vlmopt.rewrite.emit import Emitter
@@ -95,8 +98,8 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
 
 
 def _pixels_of_token(facts: dict[str, Any]) -> int:
-    pixels, tokens = facts["pixels"], [token for token in facts["rows"]["tokens"] if token >= 0]
-    counts = {tokens.count(token) for token in set(tokens)}
+    pixels = facts["pixels"]
+    counts = set(Counter(token for token in facts["rows"]["tokens"] if token >= 0).values())
     if pixels is None or len(counts) != 1:
         raise PreconditionError(
             "the encoder does not cut images into patches that lie side by side, as many for each "
@@ -133,16 +136,17 @@ def _encoder_output(
                 hint="capture the model with attn_implementation='sdpa'",
             )
         special = special_tokens(encoder, layers)
+        emitter = partial(Emitter.of_pass, ctx, encoder, prefix="encoded")
         results = []
         for node in attentions:
             with encoder.graph.inserting_after(node):
                 anchor = encoder.graph.call_function(aten.alias.default, (node,))
             with encoder.graph.inserting_before(anchor):
-                results.append(_COMPUTE[name](_emitter(encoder, node, ctx), node, special))
+                results.append(_COMPUTE[name](emitter(node), node, special))
             encoder.graph.erase_node(anchor)
         output = encoder.graph.output_node()
         with encoder.graph.inserting_before(output):
-            emit = _emitter(encoder, attentions[-1], ctx)
+            emit = emitter(attentions[-1])
             whole = emit.trace(lambda *parts: torch.cat(parts), *results, names=(name,))
         output.args = ((*output.args[0], whole),)  # type: ignore[misc]
         encoder.outputs = (*encoder.outputs, Port(port, Role.ENCODED))
@@ -157,24 +161,9 @@ def _rows_of(attention: fx.Node) -> int:
     return int(shape[0] * shape[-2]) if len(shape) == 4 else int(shape[-2])
 
 
-def _emitter(stage: Stage, place: fx.Node, ctx: PassContext) -> Emitter:
-    return Emitter(
-        stage.graph,
-        stamp=lambda node: ctx.stamp(node, 1),
-        place=place,
-        prefix="encoded",
-        fake_mode=stage.fake_mode(),
-    )
-
-
-def _given(attention: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in attention.target._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, attention.args, strict=False)) | dict(attention.kwargs)
-
-
 def _attention(emit: Emitter, attention: fx.Node, special: int) -> fx.Node:
     """Attention that each row gets: from the class token, or without one from all rows alike."""
-    given = _given(attention)
+    given = attention_arguments(attention)
     scale = given.get("scale")
 
     def received(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -198,7 +187,7 @@ def _keys(emit: Emitter, attention: fx.Node, special: int) -> fx.Node:
     def mean(key: Tensor) -> Tensor:
         return _with_batch(key).float().mean(1).flatten(0, 1)
 
-    return emit.trace(mean, _given(attention)["key"])  # type: ignore[no-any-return]
+    return emit.trace(mean, attention_arguments(attention)["key"])  # type: ignore[no-any-return]
 
 
 def _with_batch(value: Tensor) -> Tensor:

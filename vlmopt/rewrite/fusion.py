@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
+from vlmopt.graph.attention import attention_arguments
 from vlmopt.program import Stage
 from vlmopt.rewrite.emit import Emitter
 
@@ -35,8 +35,7 @@ def raise_attention(
         emitter: makes an emitter at a node.
     """
     attention = attention_of(layers, layer)
-    names = [argument.name for argument in attention.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, attention.args, strict=False)) | attention.kwargs
+    given = attention_arguments(attention)
     causal, scale = bool(given.get("is_causal")), given.get("scale")
 
     def mask(query: Tensor, key: Tensor, values: Tensor, hides: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from vlmopt.analysis.encoder import Encoder
 from vlmopt.analysis.sublayers import attention_of, middle_of
 from vlmopt.analysis.token_axes import B, Dims, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
+from vlmopt.graph.reach import reached, sources
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens, shorten_region
@@ -160,15 +161,7 @@ class BlockMerging:
 
     def _mark_exits(self, first: int) -> None:
         """Put an alias between the blocks and whatever comes behind them."""
-        blocks = self.encoder.layers.of
-        before_blocks: set[fx.Node] = set()
-        stack = list(blocks)
-        while stack:
-            for value in stack.pop().all_input_nodes:
-                if value not in before_blocks:
-                    before_blocks.add(value)
-                    stack.append(value)
-        inner = before_blocks | blocks.keys()
+        inner = reached(self.encoder.layers.of, sources)
         merged = {middle_of(self.encoder.layers, first)}
         for node in list(self.graph.nodes):
             if node not in inner or not merged & {node, *node.all_input_nodes}:
@@ -217,13 +210,7 @@ class BlockMerging:
 
     def _emitter(self, place: fx.Node) -> Emitter:
         match = len(self.merges) + 1
-        return Emitter(
-            self.graph,
-            stamp=lambda node: self.ctx.stamp(node, match),
-            place=place,
-            prefix=self.prefix.replace("-", "_"),
-            fake_mode=self.encoder.stage.fake_mode(),
-        )
+        return Emitter.of_pass(self.ctx, self.encoder.stage, place, self.prefix, match)
 
 
 def _reads_special(node: fx.Node, special: int) -> bool:

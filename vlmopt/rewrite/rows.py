@@ -14,12 +14,13 @@ from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.modality import TokenModality
 from vlmopt.analysis.sublayers import Sublayers, attention_of, middle_of
 from vlmopt.analysis.token_axes import B, Dims, T, TokenAxes, follow_tokens, shape_of
+from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Stage
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 from vlmopt.rewrite.tokens import modality_of_kept, put_back
-from vlmopt.rewrite.values import CutValues, attention_mask, compute_rows, is_causal, mask_rows
+from vlmopt.rewrite.values import CutValues, compute_rows, mask_rows
 
 aten = torch.ops.aten
 
@@ -55,13 +56,7 @@ class RowRewrite:
     prefix: str
 
     def emitter(self, place: fx.Node) -> Emitter:
-        return Emitter(
-            self.stage.graph,
-            stamp=lambda node: self.ctx.stamp(node, self.match),
-            place=place,
-            prefix=self.prefix,
-            fake_mode=self.stage.fake_mode(),
-        )
+        return Emitter.of_pass(self.ctx, self.stage, place, self.prefix, self.match)
 
     def choose_rows(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.token_axes import B, Dims, Factor, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
+from vlmopt.graph.attention import attention_mask
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Cut, Modality, Port, Role, Stage
 from vlmopt.rewrite.emit import Emitter
@@ -148,7 +149,7 @@ def cut_tokens(
         shorten_region(axes, emit, starts={site.hidden: shorter}, length=length, frontier=frontier)
         for stop, users in later.items():
             with graph.inserting_before(stop.next):
-                inside = _emitter(site.ctx, site.stage, stop, site.match, site.prefix)
+                inside = Emitter.of_pass(site.ctx, site.stage, stop, site.prefix, site.match)
                 rows = (site.hidden, slots, valid, stop)
                 whole = inside.trace(put_back, *rows, names=("restored",))
             for user in users:
@@ -166,7 +167,7 @@ def emitting(site: CutSite, *after: fx.Node) -> Iterator[tuple[Emitter, fx.Node,
     """
     graph = site.stage.graph
     present = [site.kept] if site.kept is not None else []
-    emit = _emitter(site.ctx, site.stage, site.hidden, site.match, site.prefix)
+    emit = Emitter.of_pass(site.ctx, site.stage, site.hidden, site.prefix, site.match)
     last = _latest(graph, [site.modality, *present, *after])
     with graph.inserting_after(last):
         anchor = graph.call_function(aten.alias.default, (last,))  # keeps the insertion point
@@ -193,7 +194,7 @@ def cut_decode(
     ]
     nodes = {port: decode.placeholder(port) for port in ports}
     first = next(iter(nodes.values()))
-    emit = _emitter(ctx, decode, first, match, prefix)
+    emit = Emitter.of_pass(ctx, decode, first, prefix, match)
     batch = first.meta["val"].shape[0]
     starts: dict[fx.Node, Dims] = {}
     for node in nodes.values():
@@ -446,7 +447,7 @@ def _is_mask(axes: TokenAxes, value: fx.Node) -> bool:
                 continue
             seen.add(user)
             if user.target is aten.scaled_dot_product_attention.default:
-                if _mask_of(user) is node:
+                if attention_mask(user) is node:
                     return True
             elif _mask_like(user, node):
                 stack.append(user)
@@ -457,31 +458,16 @@ def _mask_like(user: fx.Node, node: fx.Node) -> bool:
     return user.meta["val"].dtype == node.meta["val"].dtype and len(user.all_input_nodes) == 1
 
 
-def _mask_of(attention: fx.Node) -> Any:
-    if len(attention.args) > 3:
-        return attention.args[3]
-    return attention.kwargs.get("attn_mask")
-
-
 def _require_masks(axes: TokenAxes) -> None:
+    attention = aten.scaled_dot_product_attention.default
     for node in (*axes.dims, *axes.ends):
-        if node.target is aten.scaled_dot_product_attention.default and _mask_of(node) is None:
+        if node.target is attention and attention_mask(node) is None:
             raise UnsupportedOperatorError(
                 "samples keep different numbers of visual tokens, but this attention has no mask "
                 "that could hide the fillers",
                 node=node,
                 hint="pass an attention_mask when capturing, or batch samples with equal images",
             )
-
-
-def _emitter(ctx: PassContext, stage: Stage, place: fx.Node, match: int, prefix: str) -> Emitter:
-    return Emitter(
-        stage.graph,
-        stamp=lambda node: ctx.stamp(node, match),
-        place=place,
-        prefix=prefix,
-        fake_mode=stage.fake_mode(),
-    )
 
 
 def _factor(size: Any) -> Factor:

@@ -15,6 +15,7 @@ from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
 from vlmopt.errors import PreconditionError
+from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program, Role, Stage, fetch_attr
 from vlmopt.rewrite.emit import Emitter
@@ -164,17 +165,6 @@ def _mean_attention(
     """Mean over heads and (weighted) rows of the attention of a few rows: ``[batch, tokens]``."""
     rows = torch.ops.vlmopt.attention_rows(query, key, mask, slots, scale)
     return (rows.mean(1) * weights[..., None]).sum(1)
-
-
-def attention_mask(attention: fx.Node) -> Any:
-    if len(attention.args) > 3:
-        return attention.args[3]
-    return attention.kwargs.get("attn_mask")
-
-
-def is_causal(attention: fx.Node) -> bool:
-    """Whether an attention operator hides later keys by itself."""
-    return bool(attention.args[5] if len(attention.args) > 5 else attention.kwargs.get("is_causal"))
 
 
 def _behind(which: str) -> Callable[[CutValues], fx.Node]:

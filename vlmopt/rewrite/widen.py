@@ -17,11 +17,12 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens, shape_of
+from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.program import Modality
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 from vlmopt.rewrite.tokens import CutSite, emitting, finish_cut, kept_slots, later_of
-from vlmopt.rewrite.values import CutValues, attention_mask, compute_rows, is_causal
+from vlmopt.rewrite.values import CutValues, compute_rows
 
 aten = torch.ops.aten
 

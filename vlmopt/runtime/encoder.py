@@ -29,7 +29,16 @@ class EncoderStage:
             port.name.removeprefix("encoded_")
             for port in program["language_model"].find_inputs(Role.ENCODED)
         ]
-        self._routes = self.stage.facts.get("encoding", {})
+        routes = self.stage.facts.get("encoding", {})
+        self._tokens = {
+            name: torch.tensor(routes[name]["tokens"])
+            for name in ("rows", "projector")
+            if routes.get(name)
+        }
+        self._pixels = routes.get("pixels")
+        if self._pixels is not None:
+            self._first = torch.tensor(self._pixels["first"])
+            self._offsets = torch.tensor(self._pixels["offsets"])
 
     def encode(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
         """Outputs of the stage by name.
@@ -59,7 +68,7 @@ class EncoderStage:
         names = [port.name for port in self.stage.outputs]
         outputs = dict(zip(names, results, strict=True))
         if PIXELS in self.wanted:
-            outputs[PIXELS] = values[self._routes["pixels"]["input"]]
+            outputs[PIXELS] = values[self._pixels["input"]]
         return outputs
 
     def tokens(
@@ -69,9 +78,13 @@ class EncoderStage:
         found = {}
         for name in self.wanted:
             if name == PIXELS:
-                found["encoded_pixels"] = self._pixels(outputs[PIXELS], modality)
+                images = outputs[PIXELS]
+                first, offsets, tokens = (
+                    route.to(images.device)
+                    for route in (self._first, self._offsets, self._tokens["rows"])
+                )
+                found["encoded_pixels"] = pixels_by_token(images, first, offsets, tokens, modality)
                 continue
-            route = self._routes["projector" if name == FEATURES else "rows"]
             rows = features if name == FEATURES else outputs[f"encoded_{name}"]
             if rows is None:
                 raise PreconditionError(
@@ -80,17 +93,9 @@ class EncoderStage:
                 )
             if name == FEATURES:
                 rows = rows.flatten(0, -2)
-            tokens = torch.tensor(route["tokens"], device=rows.device)
-            found[f"encoded_{name}"] = mean_by_token(rows, tokens, modality)
+            tokens = self._tokens["projector" if name == FEATURES else "rows"]
+            found[f"encoded_{name}"] = mean_by_token(rows, tokens.to(rows.device), modality)
         return found
-
-    def _pixels(self, images: Tensor, modality: Tensor) -> Tensor:
-        pixels = self._routes["pixels"]
-        first, offsets, tokens = (
-            torch.tensor(value, device=images.device)
-            for value in (pixels["first"], pixels["offsets"], self._routes["rows"]["tokens"])
-        )
-        return pixels_by_token(images, first, offsets, tokens, modality)
 
 
 class OutputForm:
