@@ -41,8 +41,8 @@ def test_speed_is_that_of_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = "v2drop{layers=2 keep=192}"
     cut = prefill.Cut("v2drop", 192, pipeline, 2.0, 1.0, 1e-6)
     seconds = {"hf": [0.4] * 5, pipeline: [0.25] * 5}
-    result = prefill.Prefill(parse_shape("2x64"), "float32", (cut,), seconds, {})
-    monkeypatch.setattr(prefill, "measure", lambda *args, **kwargs: result)
+    result = prefill.Prefill(parse_shape("2x64"), "float32", "inductor", (cut,), seconds, {})
+    monkeypatch.setattr(prefill, "measure", lambda *args, **kwargs: [result])
     steps: Any = SimpleNamespace(detail=lambda text: None)
     told = demo._speed(5, steps)
     assert "1.60 times as fast" in told or "C++ compiler" in told

@@ -95,7 +95,7 @@ def _speed(rounds: int, steps: Steps) -> str:
         return "speed: not measured, since Inductor needs a C++ compiler and finds none"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = prefill.measure(
+        (result,) = prefill.measure(
             parse_shape(SPEED_SHAPE),
             (SPEED_KEEP,),
             rounds=rounds,

@@ -31,6 +31,7 @@ def result() -> prefill.Prefill:
     return prefill.Prefill(
         parse_shape("12x512"),
         "float32",
+        "inductor",
         (
             prefill.Cut("v2drop", 192, "v2drop{layers=2 keep=192}", 2.0, 1.0, 1e-6),
             prefill.Cut("v2drop", 64, "v2drop{layers=2 keep=64}", 4.0, 1.0, 1e-6),
@@ -98,7 +99,7 @@ def test_measuring_with_a_compiler_that_does_nothing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     told: list[str] = []
-    found = prefill.measure(TINY, (4, 8), rounds=2, progress=told.append)
+    (found,) = prefill.measure(TINY, (4, 8), rounds=2, progress=told.append)
     assert list(found.seconds) == [*prefill.BASELINES, *(cut.pipeline for cut in found.cuts)]
     assert all(len(times) == 2 for times in found.seconds.values())
     assert len(compiled) == 5
@@ -108,7 +109,7 @@ def test_measuring_with_a_compiler_that_does_nothing(monkeypatch: pytest.MonkeyP
     for cut, tokens in zip(found.cuts, (8 + 4, 8 + 8), strict=True):
         rest = flops_of_layers(2, 24, TINY) + flops_of_layers(2, tokens, TINY)
         assert cut.ideal == whole / rest
-    assert told[-1] == "4x64 float32: round 2 of 2"
+    assert told[-1] == "4x64 float32: v2drop, round 2 of 2"
 
 
 def test_a_compiler_that_is_wrong_stops_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,16 +206,16 @@ def test_noise() -> None:
 
 def test_table_of_made_up_times(result: prefill.Prefill) -> None:
     assert prefill.table([result]).splitlines() == [
-        "| model  | dtype   | method "
+        "| model  | dtype   | backend  | method "
         "| visual tokens | Inductor | vlmopt   | speed-up (90 %)        "
         "| FLOPs ideal | of ideal | over HF with mask | over captured |",
-        "| ------ | ------- | ------ "
+        "| ------ | ------- | -------- | ------ "
         "| ------------- | -------- | -------- | ---------------------- "
         "| ----------- | -------- | ----------------- | ------------- |",
-        "| 12x512 | float32 | v2drop "
+        "| 12x512 | float32 | inductor | v2drop "
         "| 576 -> 192    | 410.0 ms | 205.0 ms | 2.00 (2.00-2.00) noisy "
         "| 2.00        | 1.00     | 2.44 (1.22)       | 2.15 (1.07)   |",
-        "| 12x512 | float32 | v2drop "
+        "| 12x512 | float32 | inductor | v2drop "
         "| 576 -> 64     | 410.0 ms | 125.0 ms | 3.28 (3.23-4.00) noisy "
         "| 4.00        | 0.82     | 4.00 (1.00)       | 3.52 (0.88)   |",
     ]
@@ -325,7 +326,7 @@ def test_the_tool_prints_and_writes(
         if dtype is torch.bfloat16:
             raise VerifyError("parity", "made up")
         assert (shape.name, tuple(keeps), options["rounds"]) == ("12x512", (192, 64), 3)
-        return result
+        return [result]
 
     monkeypatch.setattr(prefill, "measure", measure)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -337,8 +338,8 @@ def test_the_tool_prints_and_writes(
     told = capsys.readouterr()
     assert told.out == f"{prefill.table([result])}\n\n{Environment.here().text()}\n"
     assert told.err.splitlines() == [
-        "[1/2] 12x512 float32",
-        "[2/2] 12x512 bfloat16",
+        "[1/2] 12x512 float32 inductor",
+        "[2/2] 12x512 bfloat16 inductor",
         "error: parity: made up",
     ]
     document = json.loads(path.read_text())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlmopt.graph.compare import TOLERANCES
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.registry import find_pass
 from vlmopt.program import Program, Role, Stage
+from vlmopt.runtime.model import compile_stage
 from vlmopt.tracing import capture, modality_of
 
 BASELINES = ("hf", "hf_mask", "captured")
@@ -70,6 +72,7 @@ class Prefill:
 
     shape: Shape
     dtype: str
+    backend: str
     cuts: tuple[Cut, ...]
     seconds: Mapping[str, Sequence[float]]
     errors: Mapping[str, float]
@@ -105,6 +108,7 @@ class Prefill:
         return {
             "shape": {**asdict(self.shape), "intermediate": self.shape.intermediate},
             "dtype": self.dtype,
+            "backend": self.backend,
             "baseline": self.baseline,
             "cuts": cuts,
             "errors": dict(self.errors),
@@ -123,9 +127,13 @@ def measure(
     device: str = "cpu",
     rounds: int = 25,
     baselines: Sequence[str] = BASELINES,
+    backend: str = "inductor",
     progress: Callable[[str], None] = lambda text: None,
-) -> Prefill:
+) -> list[Prefill]:
     """Build, capture, rewrite, compile, check, and then time.
+
+    Methods take turns with the baselines, not with each other: of many compiled graphs in turn each
+    would find less of itself in the caches than a user's does.
 
     Args:
         keeps: visual tokens to keep; one rewritten stage for each method and each of these.
@@ -133,7 +141,11 @@ def measure(
         layer: first layer that runs on fewer tokens.
         rounds: how often each is run.
         baselines: of :data:`BASELINES`, at least one of the first two.
+        backend: of :func:`vlmopt.optimize`, for what vlmopt compiles.
         progress: is told what is going on.
+
+    Returns:
+        One for each method.
 
     Raises:
         VerifyError: a compiled stage does not compute what the same stage does in eager mode, or
@@ -154,7 +166,7 @@ def measure(
         for baseline in baselines:
             progress(f"{name}: compiling {baseline}")
             if baseline == "captured":
-                functions[baseline] = _compiled(stage, values)
+                functions[baseline] = _compiled(stage, values, backend)
                 result = _hidden(stage, functions[baseline]())
             else:
                 functions[baseline] = _compiled_module(model, values, mask=baseline == "hf_mask")
@@ -169,17 +181,27 @@ def measure(
             run_pipeline(rewritten, pipeline)
             fewer = rewritten["language_model"]
             given = {**values, **_encoded(fewer)}
-            functions[pipeline] = _compiled(fewer, given)
+            functions[pipeline] = _compiled(fewer, given, backend)
             same, error = _checked(fewer, given, functions[pipeline], method, pipeline, dtype)
             ideal = flops_ideal(stage, fewer)
             cuts.append(Cut(method, keep, pipeline, ideal, same, error))
-        seconds = interleave(
-            functions,
-            rounds,
-            wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
-            progress=lambda done: progress(f"{name}: round {done} of {rounds}"),
-        )
-    return Prefill(shape, str(dtype).removeprefix("torch."), tuple(cuts), seconds, errors)
+        results = []
+        for method in methods:
+            own = tuple(cut for cut in cuts if cut.method == method)
+            seconds = interleave(
+                {one: functions[one] for one in (*baselines, *(cut.pipeline for cut in own))},
+                rounds,
+                wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+                progress=partial(_tell_round, progress, f"{name}: {method}", rounds),
+            )
+            results.append(
+                Prefill(shape, str(dtype).removeprefix("torch."), backend, own, seconds, errors)
+            )
+    return results
+
+
+def _tell_round(progress: Callable[[str], None], what: str, rounds: int, done: int) -> None:
+    progress(f"{what}, round {done} of {rounds}")
 
 
 def decoder_inputs(model: Any, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,8 +239,8 @@ def _arguments(stage: Stage, values: Mapping[str, Tensor]) -> list[Tensor]:
     return [values[port.name] for port in stage.inputs]
 
 
-def _compiled(stage: Stage, values: Mapping[str, Tensor]) -> Callable[[], Any]:
-    run: Any = torch.compile(stage.graph_module, dynamic=False)
+def _compiled(stage: Stage, values: Mapping[str, Tensor], backend: str) -> Callable[[], Any]:
+    run = compile_stage(stage, backend)
     arguments = _arguments(stage, values)
     return lambda: run(*arguments)
 
@@ -302,6 +324,7 @@ def table(results: Sequence[Prefill]) -> str:
     head = (
         "model",
         "dtype",
+        "backend",
         "method",
         "visual tokens",
         "Inductor",
@@ -320,6 +343,7 @@ def table(results: Sequence[Prefill]) -> str:
                 (
                     result.shape.name,
                     result.dtype,
+                    result.backend,
                     cut.method,
                     f"{result.shape.visual} -> {cut.keep}",
                     milliseconds(result.seconds[result.baseline]),

@@ -1,4 +1,4 @@
-"""Operators of vlmopt that compute what no ATen operator gives: scores, selections, experts."""
+"""Operators of vlmopt that compute what no ATen operator gives, or gives fast."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vlmopt.ops import (  # noqa: F401 - registers gradients
     attention,
     attention_gradient,
     experts,
+    linear,
     selection,
 )
 

@@ -1,0 +1,40 @@
+"""A linear layer on a weight that was packed beforehand for the kernels of oneDNN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_mkldnn = torch.ops.mkldnn
+
+
+def is_available() -> bool:
+    """Whether this build of PyTorch has oneDNN."""
+    return torch.backends.mkldnn.is_available()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """``[out features, in features]`` on the CPU, laid out as oneDNN's matrix products read it.
+
+    The result is opaque: it knows its shape, and only :func:`packed_linear` reads it.
+    """
+    packed: Tensor = _mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+@torch.library.custom_op("vlmopt::packed_linear", mutates_args=())
+def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear`` for inference.
+
+    Args:
+        rows: float32 or bfloat16 ``[..., in features]`` on the CPU.
+        weight: of :func:`pack`, same dtype.
+        bias: ``[out features]``.
+    """
+    result: Tensor = _mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result
+
+
+@packed_linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
