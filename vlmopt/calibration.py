@@ -8,9 +8,9 @@ model.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlmopt import artifacts, families
 from vlmopt.errors import ArtifactError, OptionError
+from vlmopt.partial import PartialRows, PartialState
 from vlmopt.pipeline.passes import Pass
 from vlmopt.program import Program
 from vlmopt.runtime.model import Engine
@@ -28,6 +29,26 @@ Variant = Callable[[Program], Any]
 Sample = Mapping[str, Any]
 Measure = Callable[[Sample], Any]
 """What a sample adds, as JSON values."""
+
+
+class Learner(ABC):
+    """A measure that learns: each sample changes its tensors."""
+
+    @abstractmethod
+    def __call__(self, sample: Sample) -> list[float]:
+        """Learn from a sample; returns losses."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """All that it needs to go on from here."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Tensor]:
+        """Tensors of the artifact."""
 
 
 class Calibrated(ABC):
@@ -85,6 +106,13 @@ class Embedded(Calibrated):
         return lambda one: self.look(program, *_entering(model, one))
 
 
+class Learning(Calibrated):
+    """A calibrated pass that learns tensors, from what its :class:`Learner` sees."""
+
+    @abstractmethod
+    def measure(self, model: Any, program: Program, sample: Sample) -> Learner: ...
+
+
 def calibrate(
     model: Any,
     samples: Iterable[Sample],
@@ -96,14 +124,14 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure a model for one pass, and write the artifact.
 
-    What is done is kept in ``PATH.partial``, sample by sample: called again after an interruption,
-    it goes on from there, and deletes that file in the end.
+    What is done is kept in ``PATH.partial``: called again after an interruption, it goes on from
+    there, and deletes that file in the end.
 
     Args:
         model: a Hugging Face model; run in eval mode, left as it was.
         samples: inputs as its processor returns them, always in the same order.
         passes: the pass, with options.
-        path: JSON file to write.
+        path: file to write: ``.safetensors`` for a pass that learns tensors, else JSON.
         progress: called with the samples done, and how many there are, if that is known.
 
     Returns:
@@ -111,8 +139,8 @@ def calibrate(
 
     Raises:
         OptionError: the pass needs no calibration.
-        ArtifactError: the file exists and ``overwrite`` is false; there are no samples; the partial
-            file is of another calibration.
+        ArtifactError: the file exists and ``overwrite`` is false, or its name does not fit; there
+            are no samples; the partial file is of another calibration.
         VlmoptError: see :func:`vlmopt.capture`.
     """
     if not isinstance(passes, Calibrated):
@@ -121,34 +149,40 @@ def calibrate(
             hint="vlmopt passes NAME tells which options take an artifact",
         )
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ArtifactError(f"{path} exists already", hint="choose another name, or overwrite it")
+    artifacts.require_writable(path, isinstance(passes, Learning), overwrite=overwrite)
     total = len(samples) if isinstance(samples, Sequence) else None
-    if total == 0:
+    remaining = iter(samples)
+    first = next(remaining, None)
+    if first is None:
         raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
-    done = _Partial(path.with_name(path.name + ".partial"), str(passes))
-    program: Program | None = None
-    measure: Measure | None = None
     training = model.training
     model.eval()
     try:
-        for count, sample in enumerate(samples, start=1):
-            if program is None:
-                first, program = sample, capture(model, dict(sample))
+        program = capture(model, dict(first))
+        measure = passes.measure(model, program, first)
+        done = _begin(path.with_name(path.name + ".partial"), str(passes), measure)
+        for count, sample in enumerate(chain([first], remaining), start=1):
             if count > len(done.rows):
-                measure = measure or passes.measure(model, program, first)
                 done.add(measure(sample))
             if progress is not None:
                 progress(count, total)
     finally:
         model.train(training)
-    if program is None:
-        raise ArtifactError("there are no samples to calibrate on", hint="give at least one")
     values = passes.summarise(program, done.rows)
     values = {"options": str(passes), "samples": len(done.rows), **values}
-    artifacts.write(path, passes.name, program, values, overwrite=overwrite)
+    tensors = measure.result() if isinstance(measure, Learner) else None
+    artifacts.write(path, passes.name, program, values, tensors, overwrite=overwrite)
     done.remove()
     return values
+
+
+def _begin(path: Path, options: str, measure: Measure | Learner) -> PartialRows | PartialState:
+    if not isinstance(measure, Learner):
+        return PartialRows(path, options)
+    done = PartialState(path, options, measure.state)
+    if done.tensors:
+        measure.restore(done.tensors)
+    return done
 
 
 class _Answers:
@@ -207,29 +241,3 @@ def _next_token(model: Any, sample: Sample) -> Tensor:
 
 def _divergence(reference: Tensor, other: Tensor) -> Tensor:
     return (reference.exp() * (reference - other)).sum(-1).mean()
-
-
-class _Partial:
-    """Rows of an interrupted calibration, one JSON line each after a line that says whose."""
-
-    def __init__(self, path: Path, options: str) -> None:
-        self.path = path
-        self.rows: list[Any] = []
-        if not path.exists():
-            path.write_text(json.dumps({"options": options}) + "\n")
-            return
-        lines = path.read_text().splitlines()
-        if not lines or json.loads(lines[0]) != {"options": options}:
-            raise ArtifactError(
-                f"{path} is what is left of another calibration",
-                hint="delete it to start anew",
-            )
-        self.rows = [json.loads(line) for line in lines[1:]]
-
-    def add(self, row: Any) -> None:
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)

@@ -9,13 +9,14 @@ import torch
 
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens import select
-from vlmopt.passes.tokens.alvts import Alvts, selectors
+from vlmopt.passes.tokens.alvts import Alvts
 from vlmopt.passes.tokens.apet import ApET, approximation_error
 from vlmopt.passes.tokens.coin import CoIn
 from vlmopt.passes.tokens.duet_vlm import DuetEncoder
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.prune2drive import Prune2Drive
 from vlmopt.passes.tokens.score import SCoRe
+from vlmopt.passes.tokens.selectors import Selector
 from vlmopt.passes.tokens.transprune import TransPrune
 from vlmopt.passes.tokens.visionzip import VisionZip
 from vlmopt.passes.tokens.vlm_pruner import VlmPruner
@@ -169,7 +170,7 @@ class TestAlvts:
 
     def test_full_rank_is_exact(self) -> None:
         query, key = torch.randn(8, 6), torch.randn(4, 6)  # 4 heads and 2 key heads of size 2
-        left, right = selectors(query, key, 4, 6)
+        left, right = Selector.of(query, key, 4, 6).sides()
         rows = torch.randn(5, 6)
         heads_of_keys = (rows @ key.T).unflatten(-1, (2, 2)).repeat_interleave(2, dim=1)
         wanted = torch.einsum("qhd,khd->qk", (rows @ query.T).unflatten(-1, (4, 2)), heads_of_keys)

@@ -1,0 +1,274 @@
+"""Selectors of visual tokens: attention of one layer in few dimensions, and how it is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vlmopt.analysis.layers import find_layers
+from vlmopt.analysis.modality import modality_of_tokens, token_stage
+from vlmopt.analysis.sublayers import attention_of, projection_of
+from vlmopt.calibration import Learner, Sample
+from vlmopt.errors import PreconditionError
+from vlmopt.graph.attention import attention_arguments, attention_mask, is_causal
+from vlmopt.program import Modality, Program, Stage, fetch_attr
+from vlmopt.runtime.model import Engine
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Low-rank copies of a layer's query and key projections, weights ``up @ down``.
+
+    Attributes:
+        query_up, key_up: float32 ``[heads * size, rank]``.
+        query_down, key_down: float32 ``[rank, width]``.
+    """
+
+    query_up: Tensor
+    query_down: Tensor
+    key_up: Tensor
+    key_down: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, heads: int, rank: int) -> Selector:
+        """By singular value decomposition.
+
+        Args:
+            query: weight of the query projection, ``[heads * size, width]``.
+            key: of the key projection, ``[key heads * size, width]``.
+        """
+        query, key = query.detach().float(), key.detach().float()
+        size = query.shape[0] // heads
+        groups = heads // (key.shape[0] // size)
+        repeated = key.unflatten(0, (-1, size)).repeat_interleave(groups, dim=0)
+        return cls(*_factors(query, rank), *_factors(repeated.flatten(0, 1), rank))
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """``(left, right)``, ``[width, rank]`` each.
+
+        ``x left (y right)^T`` is the product of query and key, summed over heads.
+        """
+        return self.query_down.T @ (self.query_up.T @ self.key_up), self.key_down.T
+
+    def tensors(self) -> list[Tensor]:
+        return [self.query_up, self.query_down, self.key_up, self.key_down]
+
+
+def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``weight`` as a product over ``rank`` dimensions, singular values shared between the two."""
+    up, values, down = torch.linalg.svd(weight, full_matrices=False)
+    root = values[:rank].sqrt()
+    return up[:, :rank] * root, root[:, None] * down[:rank]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where a layer's attention is computed.
+
+    Attributes:
+        attention: its operator.
+        rows: what query and key are projected from.
+        query, key: weights.
+        heads: query heads.
+        size: of a head.
+    """
+
+    attention: fx.Node
+    rows: fx.Node
+    query: Tensor
+    key: Tensor
+    heads: int
+    size: int
+
+    @classmethod
+    def of(cls, stage: Stage, attention: fx.Node) -> Projections:
+        """Find them.
+
+        Raises:
+            PreconditionError: query and key have no such projections of one value.
+        """
+        given: Any = attention.args
+        query, key = (projection_of(value) for value in given[:2])
+        rows = query.args[0]
+        if key.args[0] is not rows or not isinstance(rows, fx.Node):
+            raise PreconditionError(
+                "selectors copy projections of one input, and query and key are projected from "
+                "different ones",
+                node=query,
+                hint="choose another method for a model with latent attention",
+            )
+        weights = [
+            fetch_attr(stage.graph_module, str(linear.args[1].target))  # type: ignore[union-attr]
+            for linear in (query, key)
+        ]
+        _, heads, _, size = given[0].meta["val"].shape
+        return cls(attention, rows, weights[0], weights[1], heads, size)
+
+    @property
+    def scale(self) -> float:
+        """The selector's: of a mean over heads."""
+        return 1 / (self.heads * self.size**0.5)
+
+
+def groups_of(modality: Tensor) -> Tensor:
+    """What makes means over visual queries, and over text queries, of sums.
+
+    Returns:
+        float32 ``[batch, 2, tokens]``.
+    """
+    groups = torch.stack([modality == kind for kind in (Modality.VISION, Modality.TEXT)], 1)
+    return groups.float() / groups.sum(-1, keepdim=True).clamp(min=1)
+
+
+def selector_mass(
+    rows: Tensor,
+    modality: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    left: Tensor,
+    right: Tensor,
+    scale: float,
+) -> Tensor:
+    """Mean attention that each token gets from visual tokens, and from text.
+
+    Args:
+        rows: input of the projections, ``[batch, tokens, width]``.
+        modality: int64 ``[batch, tokens]``.
+        mask: attention mask of the layer.
+
+    Returns:
+        float32 ``[batch, tokens, 2]``.
+    """
+    rows = rows.float()
+    query, key = (rows @ left)[:, None], (rows @ right)[:, None]
+    given = (groups_of(modality), mask, causal, scale)
+    return torch.ops.vlmopt.attention_mass(query, key, *given)[:, 0].transpose(1, 2)
+
+
+class SelectorLearner(Learner):
+    """Makes the scores of selectors those of the model's own attention, each layer by itself.
+
+    The model runs as it is; each layer's step is taken as the run comes by.
+
+    Args:
+        program, sample: the captured model, and the sample that it was captured with.
+        layers: those that get a selector.
+        rate: AdamW's learning rate.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        program: Program,
+        sample: Sample,
+        layers: Sequence[int],
+        rank: int,
+        rate: float,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.selectors: dict[int, Selector] = {}
+        stage = token_stage(program)
+        for layer, found in self._projections(stage):
+            start = Selector.of(found.query, found.key, found.heads, rank)
+            self.selectors[layer] = Selector(*(t.requires_grad_() for t in start.tensors()))
+        self._optimizers = {
+            layer: torch.optim.AdamW(selector.tensors(), lr=rate)
+            for layer, selector in self.selectors.items()
+        }
+        self._losses: dict[int, float] = {}
+        self._engine = Engine(model, self._watch, "eager")
+        first = program.clone()
+        self._watch(first)
+        self._engine.add(first, None, sample)
+
+    def __call__(self, sample: Sample) -> list[float]:
+        """The loss of each layer before its step."""
+        with torch.no_grad():
+            self._engine.twin(**sample)
+        return [self._losses[layer] for layer in self.layers]
+
+    def state(self) -> dict[str, Tensor]:
+        state = {}
+        for layer, optimizer in self._optimizers.items():
+            saved = optimizer.state_dict()["state"]
+            for name, tensor in zip(_NAMES, self.selectors[layer].tensors(), strict=True):
+                state[f"{layer}.{name}"] = tensor.detach()
+            for at, moments in saved.items():
+                for name, value in moments.items():
+                    state[f"{layer}.{_NAMES[at]}.{name}"] = value
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for layer, optimizer in self._optimizers.items():
+            known = optimizer.state_dict()
+            for at, name in enumerate(_NAMES):
+                with torch.no_grad():
+                    self.selectors[layer].tensors()[at].copy_(state[f"{layer}.{name}"])
+                start = f"{layer}.{name}."
+                known["state"][at] = {
+                    key.removeprefix(start): value
+                    for key, value in state.items()
+                    if key.startswith(start)
+                }
+            optimizer.load_state_dict(known)
+
+    def result(self) -> dict[str, Tensor]:
+        """``LAYER.left`` and ``LAYER.right`` of each, see :meth:`Selector.sides`."""
+        sides = {layer: selector.sides() for layer, selector in self.selectors.items()}
+        return {
+            f"{layer}.{name}": side.detach()
+            for layer, pair in sides.items()
+            for name, side in zip(("left", "right"), pair, strict=True)
+        }
+
+    def _projections(self, stage: Stage) -> list[tuple[int, Projections]]:
+        layers = find_layers(stage, after=modality_of_tokens(stage).anchor)
+        return [
+            (layer, Projections.of(stage, attention_of(layers, layer))) for layer in self.layers
+        ]
+
+    def _watch(self, program: Program) -> None:
+        """Have each layer's attention tell what it reads."""
+        stage = token_stage(program)
+        modality = modality_of_tokens(stage).source
+        for layer, found in self._projections(stage):
+            attention = found.attention
+            given = attention_arguments(attention)
+            seen = (found.rows, given["query"], given["key"], attention_mask(attention), modality)
+            how = (is_causal(attention), given.get("scale"), found.scale)
+            with stage.graph.inserting_after(max(attention, modality)):
+                stage.graph.call_function(self._learn, (layer, *seen, *how))
+        stage.graph_module.recompile()
+
+    def _learn(
+        self,
+        layer: int,
+        rows: Tensor,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        modality: Tensor,
+        causal: bool,
+        scale: float | None,
+        own_scale: float,
+    ) -> None:
+        mass = torch.ops.vlmopt.attention_mass
+        wanted = mass(query, key, groups_of(modality), mask, causal, scale).mean(1).prod(1)
+        visual = modality == Modality.VISION
+        with torch.enable_grad():
+            left, right = self.selectors[layer].sides()
+            found = selector_mass(rows, modality, mask, causal, left, right, own_scale).prod(-1)
+            # scores go as the inverse square of the tokens: AdamW would see nothing of their errors
+            difference = (found - wanted)[visual] * modality.shape[1] ** 2
+            loss = difference.square().mean()
+            self._optimizers[layer].zero_grad()
+            loss.backward()
+        self._optimizers[layer].step()
+        self._losses[layer] = float(loss.detach())
+
+
+_NAMES = ("query_up", "query_down", "key_up", "key_down")
