@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmopt.errors import PreconditionError
-from vlmopt.ops import linear
+from vlmopt.ops.packed import is_available, pack
 from vlmopt.program import attach_attr, copy_graph, fetch_attr
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _pack(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
     weight = fetch_attr(gm, path)
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES or not linear.is_available():
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES or not is_available():
         return False
     name = f"packed.{path}"
     attach_attr(gm, name, packed(weight))
@@ -69,9 +69,9 @@ def _pack(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """What :func:`vlmopt.ops.linear.pack` makes of a weight, kept until the weight changes."""
+    """What :func:`vlmopt.ops.packed.pack` makes of a weight, kept until the weight changes."""
     found = _packed.get(weight)
     if found is None or found[0] != weight._version:
-        found = _packed[weight] = (weight._version, linear.pack(weight))
+        found = _packed[weight] = (weight._version, pack(weight))
     result: Tensor = found[1]
     return result

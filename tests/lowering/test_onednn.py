@@ -10,9 +10,9 @@ from torch import nn
 import vlmopt
 from vlmopt.errors import PreconditionError
 from vlmopt.lowering.onednn import packed, with_packed_weights
-from vlmopt.ops import linear
+from vlmopt.ops import packed as ops
 
-pytestmark = pytest.mark.skipif(not linear.is_available(), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not ops.is_available(), reason="this PyTorch has no oneDNN")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -23,7 +23,7 @@ def test_a_packed_layer_is_the_layer(
 ) -> None:
     layer = nn.Linear(48, 20, bias=biased, dtype=dtype)
     rows = torch.randn(shape, dtype=dtype)
-    result = linear.packed_linear(rows, linear.pack(layer.weight), layer.bias)
+    result = ops.packed_linear(rows, ops.pack(layer.weight), layer.bias)
     wanted = layer(rows)
     assert result.shape == wanted.shape
     assert result.stride() == wanted.stride()
@@ -39,7 +39,7 @@ def test_a_weight_is_packed_once_until_it_changes() -> None:
         layer.weight.mul_(2)
     again = packed(layer.weight)
     rows = torch.randn(3, 8)
-    assert (linear.packed_linear(rows, again, layer.bias) - layer(rows)).abs().max() <= 1e-6
+    assert (ops.packed_linear(rows, again, layer.bias) - layer(rows)).abs().max() <= 1e-6
 
 
 def test_graphs_stay_as_they_are() -> None:

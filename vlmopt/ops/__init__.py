@@ -11,7 +11,7 @@ from vlmopt.ops import (  # noqa: F401 - registers gradients
     attention,
     attention_gradient,
     experts,
-    linear,
+    packed,
     selection,
 )
 
