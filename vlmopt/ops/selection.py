@@ -441,13 +441,22 @@ def _(
     return hidden.new_empty(hidden.shape[0], count, dtype=torch.int64)
 
 
-def similarity(hidden: Tensor, channels: int) -> Tensor:
+def similarity(hidden: Tensor, channels: int, valid: Tensor | None = None) -> Tensor:
     """Cosine similarity on the channels of largest variance, ``[..., tokens, tokens]``.
 
     Args:
         hidden: ``[..., tokens, width]``.
+        valid: bool ``[..., tokens]``, the tokens whose variance counts; ``None`` for all.
     """
-    varying = hidden.var(-2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
+    if valid is None:
+        spread = hidden.var(-2)
+    else:
+        there = valid[..., None].to(hidden.dtype)
+        count = there.sum(-2, keepdim=True)
+        mean = (hidden * there).sum(-2, keepdim=True) / count.clamp(min=1)
+        squares = ((hidden - mean).square() * there).sum(-2)
+        spread = squares / (count[..., 0, :] - 1).clamp(min=1)
+    varying = spread.sort(dim=-1, descending=True, stable=True).indices[..., :channels]
     index = varying[..., None, :].expand(*hidden.shape[:-1], varying.shape[-1])
     rows = hidden.gather(-1, index)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)
