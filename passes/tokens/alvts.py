@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
+from vlmopt.analysis.sublayers import attention_of, projection_of
+from vlmopt.errors import ArtifactError, PreconditionError
 from vlmopt.graph.attention import is_causal
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.passes.tokens.low_rank import selector_mass, selectors
 from vlmopt.pipeline.options import option, override
-from vlmopt.rewrite.values import CutValues, compute_rows, query_and_key
+from vlmopt.program import Modality
+from vlmopt.rewrite.values import CutValues, compute_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +45,35 @@ class Alvts(TokenDrop):
     def read(self, values: CutValues, name: str) -> fx.Node:
         if name != "selector_mass":
             return super().read(values, name)
-        projected = query_and_key(values, self.name)
-        left, right = selectors(projected.query, projected.key, projected.heads, self.rank)
-        (rows,) = compute_rows(values, [projected.rows])
+        attention = attention_of(values.layers, values.layer)
+        inputs: Any = attention.args
+        query, key = (projection_of(value) for value in inputs[:2])
+        if query.args[0] is not key.args[0]:
+            raise PreconditionError(
+                f"{self.name} copies projections of one input, and query and key of layer "
+                f"{values.layer} are projected from different ones",
+                node=query,
+                hint="choose another method for a model with latent attention",
+            )
+        weights = [values.weight(linear.args[1]) for linear in (query, key)]
+        if any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
+            raise ArtifactError(
+                f"{self.name} decomposes weights, and this program has none",
+                node=query,
+                hint="capture the model with its weights",
+            )
+        _, heads, _, size = inputs[0].meta["val"].shape
+        left, right = map(values.emit.constant, selectors(weights[0], weights[1], heads, self.rank))
+        (rows,) = compute_rows(values, [query.args[0]])
         result: fx.Node = values.emit.trace(
             selector_mass,
             rows,
             values.modality,
-            values.mask_of(projected.attention),
-            is_causal(projected.attention),
-            values.emit.constant(left),
-            values.emit.constant(right),
-            1 / (projected.heads * projected.size**0.5),
+            values.mask_of(attention),
+            is_causal(attention),
+            left,
+            right,
+            1 / (heads * size**0.5),
             names=("mass",),
         )
         return result
@@ -64,3 +86,55 @@ class Alvts(TokenDrop):
             mass: float32 ``[batch, tokens, 2]``.
         """
         return mass[..., 0] * mass[..., 1]
+
+
+def selectors(query: Tensor, key: Tensor, heads: int, rank: int) -> tuple[Tensor, Tensor]:
+    """``(left, right)`` with ``x left (y right)^T`` close to the summed products of all heads.
+
+    Args:
+        query: weight of the query projection, ``[heads * size, width]``.
+        key: of the key projection, ``[key heads * size, width]``.
+
+    Returns:
+        float32 ``[width, rank]`` twice.
+    """
+    size = query.shape[0] // heads
+    groups = heads // (key.shape[0] // size)
+    repeated = key.float().unflatten(0, (-1, size)).repeat_interleave(groups, dim=0).flatten(0, 1)
+    query_up, query_down = _factors(query.float(), rank)
+    key_up, key_down = _factors(repeated, rank)
+    return query_down.T @ (query_up.T @ key_up), key_down.T
+
+
+def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``weight`` as a product over ``rank`` dimensions, singular values shared between the two."""
+    up, values, down = torch.linalg.svd(weight, full_matrices=False)
+    root = values[:rank].sqrt()
+    return up[:, :rank] * root, root[:, None] * down[:rank]
+
+
+def selector_mass(
+    rows: Tensor,
+    modality: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    left: Tensor,
+    right: Tensor,
+    scale: float,
+) -> Tensor:
+    """Mean attention that each token gets from visual tokens, and from text.
+
+    Args:
+        rows: input of the projections, ``[batch, tokens, width]``.
+        modality: int64 ``[batch, tokens]``.
+        mask: attention mask of the layer.
+
+    Returns:
+        float32 ``[batch, tokens, 2]``.
+    """
+    rows = rows.float()
+    groups = torch.stack([modality == kind for kind in (Modality.VISION, Modality.TEXT)], 1)
+    weights = groups.float() / groups.sum(-1, keepdim=True).clamp(min=1)
+    query, key = (rows @ left)[:, None], (rows @ right)[:, None]
+    mass = torch.ops.vlmopt.attention_mass(query, key, weights, mask, causal, scale)
+    return mass[:, 0].transpose(1, 2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.ops.linear import solve_small
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.tokens.assign import assigned_merge, nearest
 from vlmopt.passes.tokens.base import TokenDrop
@@ -164,20 +165,5 @@ def approximation_error(hidden: Tensor, picks: Tensor, ridge: float) -> Tensor:
     basis = rows.gather(1, picks[..., None].expand(-1, -1, rows.shape[2]))
     gram = basis @ basis.transpose(1, 2)
     gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device)
-    weights = _solve(gram, basis @ rows.transpose(1, 2))
+    weights = solve_small(gram, basis @ rows.transpose(1, 2))
     return (rows - weights.transpose(1, 2) @ basis).norm(dim=-1)
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^-1 right`` for small positive definite matrices, by elimination.
-
-    Unrolled: ``linalg.solve`` has no counterpart in ONNX.
-    """
-    size = matrix.shape[-1]
-    system = torch.cat([matrix, right], dim=-1)
-    for at in range(size):
-        pivot = system[:, at : at + 1] / system[:, at : at + 1, at : at + 1]
-        factors = system[:, :, at : at + 1]
-        unit = torch.arange(size, device=matrix.device)[:, None] == at
-        system = torch.where(unit, pivot, system - factors * pivot)
-    return system[..., size:]

@@ -168,7 +168,14 @@ class TokenCopies(Pass):
             )
         if "decode" in program:
             for match, cut in enumerate(stage.cuts, start=1):
-                cut_decode(program["decode"], stage, cut, ctx, match=match, prefix=self.name.replace("-", "_"))
+                cut_decode(
+                    program["decode"],
+                    stage,
+                    cut,
+                    ctx,
+                    match=match,
+                    prefix=self.name.replace("-", "_"),
+                )
         return PassResult(True, len(self.layers), {"copies": count})
 
     @staticmethod

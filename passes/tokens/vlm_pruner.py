@@ -51,7 +51,9 @@ class VlmPruner(TokenDrop):
     batch: int = option(16, "candidates looked at together", ge=1)
     own: float = option(0.3, "share of itself in a token that others join", ge=0, le=1)
     clamp: bool = option(True, "merge no token with negative weight")
-    fill: bool = option(True, "keep as many as asked for where the rounds end early")
+    fill: bool = option(
+        True, "where the rounds end early the least redundant tokens stay too; else the first ones"
+    )
 
     def score(  # type: ignore[override]
         self, hidden: Tensor, keys: Tensor, valid: Tensor, quota: Tensor, count: int

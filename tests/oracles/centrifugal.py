@@ -43,8 +43,8 @@ def vlm_pruner(
             followers: dict[int, dict[int, float]] = {pick: {} for pick in sorted(picks)}
             for at in range(len(slots)):
                 if at not in picks:
-                    best = max(sorted(picks), key=lambda pick, at=at: alike[at][pick])
-                    weight = alike[at][best]
+                    weight, before = max((alike[at][pick], -pick) for pick in picks)
+                    best = -before
                     followers[best][at] = max(weight, 0.0) if clamp else weight
             for pick, members in followers.items():
                 total = max(sum(members.values()), 1e-8)

@@ -18,6 +18,7 @@ from oracles.reduced import Choice, Recorded, ReducedOracle
 import vlmopt
 from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.passes.tokens.coin import CoIn
 from vlmopt.passes.tokens.hawk import Hawk
 from vlmopt.passes.tokens.hilo_prune import HiLoPrune
 from vlmopt.passes.tokens.v2drop import V2Drop
@@ -80,6 +81,38 @@ class TestHawk:
     def answer(self, model: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
         chances: list[float] = model(**inputs).logits[0, -1].double().softmax(-1).tolist()
         return chances
+
+
+class TestCoIn:
+    def test_volume_of_directions_alone(self) -> None:
+        rows, text = torch.randn(1, 9, 4), torch.randn(1, 4)
+        scaled = rows * (1 + 9 * torch.rand(1, 9, 1))
+        for unit in (True, False):
+            method = CoIn(alpha=1.0, unit=unit)
+            one, other = (method.score(each, text, every(1, 9), 3) for each in (rows, scaled))
+            assert torch.equal(one, other) == unit
+
+    def test_gains_by_the_extremes_of_the_first_step(self) -> None:
+        rows, text = torch.randn(1, 12, 6), torch.randn(1, 6)
+        found = {}
+        for norm in ("step", "global"):
+            method = CoIn(alpha=0.5, norm=norm)
+            score = method.score(rows, text, every(1, 12), 4)[0]
+            found[norm] = score.argsort(descending=True)[:4].tolist()
+        method = CoIn()
+        information = method.information(rows, text, every(1, 12))[0].tolist()
+        gram = rows[0] @ rows[0].T + 1e-6 * rows.square().sum(-1).mean() * torch.eye(12)
+        low, high = gram.diagonal().log().min(), gram.diagonal().log().max()
+        picks: list[int] = []
+        while len(picks) < 4:
+            worth = {}
+            for at in set(range(12)) - set(picks):
+                more = [*picks, at]
+                gain = gram[more][:, more].logdet()
+                gain = gain - gram[picks][:, picks].logdet() if picks else gain
+                worth[at] = 0.5 * information[at] + 0.5 * float((gain - low) / (high - low))
+            picks.append(max(worth, key=lambda at: worth[at]))
+        assert found["global"] == picks
 
 
 class TestVlmPruner:

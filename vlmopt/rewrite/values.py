@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 
 import vlmopt.ops  # noqa: F401 - registers vlmopt::attention_rows
 from vlmopt.analysis.layers import Layers
-from vlmopt.analysis.sublayers import attention_of, projection_of
+from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
-from vlmopt.errors import ArtifactError, PreconditionError
+from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program, Role, Stage, fetch_attr
@@ -284,56 +283,6 @@ def compute_rows(
         frontier=frontier,
     )
     return results
-
-
-@dataclass(frozen=True)
-class QueryAndKey:
-    """How the layer at whose entry the cut is makes queries and keys.
-
-    Attributes:
-        attention: its attention operator.
-        rows: what both projections read, ``[batch, tokens, width]``.
-        query, key: their weights, ``[heads * size, width]`` and ``[key heads * size, width]``.
-    """
-
-    attention: fx.Node
-    rows: fx.Node
-    query: Tensor
-    key: Tensor
-    heads: int
-    size: int
-
-
-def query_and_key(values: CutValues, method: str) -> QueryAndKey:
-    """The query and key projections of the layer at whose entry the cut is, with their weights.
-
-    Args:
-        method: who asks, for errors.
-
-    Raises:
-        PreconditionError: the two read different values, as in latent attention.
-        ArtifactError: the program has no weights.
-    """
-    attention = attention_of(values.layers, values.layer)
-    inputs: Any = attention.args
-    query, key = (projection_of(value) for value in inputs[:2])
-    if query.args[0] is not key.args[0]:
-        raise PreconditionError(
-            f"{method} copies projections of one input, and query and key of layer "
-            f"{values.layer} are projected from different ones",
-            node=query,
-            hint="choose another method for a model with latent attention",
-        )
-    weights = [values.weight(linear.args[1]) for linear in (query, key)]
-    if any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
-        raise ArtifactError(
-            f"{method} decomposes weights, and this program has none",
-            node=query,
-            hint="capture the model with its weights",
-        )
-    rows: Any = query.args[0]
-    _, heads, _, size = inputs[0].meta["val"].shape
-    return QueryAndKey(attention, rows, weights[0], weights[1], heads, size)
 
 
 def _always(index: fx.Node) -> Callable[[Any], fx.Node]:
