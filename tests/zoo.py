@@ -800,13 +800,14 @@ def inputs(
     images: tuple[int, ...] = (),
     videos: tuple[int, ...] = (),
     seed: int = 0,
+    padding: str = "left",
 ) -> dict[str, torch.Tensor]:
     """Generate-style inputs of ``batch`` samples.
 
     Sample ``b`` has ``images[b]`` images (default one), then ``videos[b]`` videos (default none),
-    then ``text[b]`` text tokens (default ``6 + 2 * b``), so batches are left-padded. Returns
-    ``input_ids``, ``attention_mask`` (int64 ``[batch, length]``) and the family's image and video
-    tensors, as its processor would.
+    then ``text[b]`` text tokens (default ``6 + 2 * b``), so batches are padded: on the ``left``, as
+    generation wants it, or on the ``right``. Returns ``input_ids``, ``attention_mask`` (int64
+    ``[batch, length]``) and the family's image and video tensors, as its processor would.
     """
     family = EVERY_FAMILY[name]
     generator = torch.Generator().manual_seed(seed + 1)
@@ -821,8 +822,11 @@ def inputs(
         image = [6, *([IMAGE] * family.image_tokens), 7]
         rows.append([1, *before, *(image * shown), *(family.video * played), *after])
     longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64)
+    for sample, row in enumerate(rows):
+        start = longest - len(row) if padding == "left" else 0
+        ids[sample, start : start + len(row)] = torch.tensor(row)
+        mask[sample, start : start + len(row)] = 1
     batch_inputs = {"input_ids": ids, "attention_mask": mask}
     if isinstance(family.frames, int):
         extra = family.frames
@@ -843,6 +847,29 @@ def inputs(
     if name == "paligemma":  # all of a prompt is prefix, as the processor says
         batch_inputs["token_type_ids"] = torch.zeros_like(ids)
     return batch_inputs
+
+
+def alone(
+    batch_inputs: dict[str, torch.Tensor], sample: int, images: tuple[int, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """One sample of a batch, without padding.
+
+    Args:
+        images: of each sample, default one; all of the same size.
+    """
+    mask = batch_inputs["attention_mask"].bool()
+    images = images or (1,) * len(mask)
+    first, last = sum(images[:sample]), sum(images[: sample + 1])
+    single = {}
+    for name, value in batch_inputs.items():
+        if value.shape[:2] == mask.shape:  # tokens
+            single[name] = value[sample : sample + 1, mask[sample]]
+        elif value.shape[0] == len(mask) != sum(images):  # images by sample, padded
+            single[name] = value[sample : sample + 1, : images[sample]]
+        else:  # images, or patches of images, one after the other
+            per = value.shape[0] // sum(images)
+            single[name] = value[first * per : last * per]
+    return single
 
 
 def visual(batch_inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from vlmopt.errors import PreconditionError
+from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.ops.linear import solve_small
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.tokens.assign import assigned_merge, nearest
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
+from vlmopt.program import Program
+from vlmopt.rewrite.projector import Projector, find_projector
+from vlmopt.rewrite.values import CutValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,7 @@ class ApET(TokenDrop):
     name = "apet"
     example = "apet{keep=96}"
     reference = "arXiv 2602.19870"
-    reads = ("hidden", "valid", "count")
+    reads = ("rows", "valid", "count")
     compact = True
     merges = True
 
@@ -45,17 +49,41 @@ class ApET(TokenDrop):
         "their own",
         choices=("overwrite", "blend", "own"),
     )
+    space: str = option(
+        "embeddings",
+        "what is compared and merged: embeddings, or what enters the projector, as in the first "
+        "stage of the official LLaVA code",
+        choices=("embeddings", "features"),
+    )
     pairing: str = option(
         "index",
         "which basis token goes to which place: by position, or by error",
         choices=("index", "error"),
     )
 
+    def requires(self, program: Program) -> None:
+        super().requires(program)
+        if self.space == "features":
+            if self.layers != (0,):
+                raise OptionError(
+                    f"{self.name} cuts at layer {self.layers[-1]}, where tokens are no features",
+                    hint="use space=features with layers=0",
+                )
+            find_projector(program)
+
+    def projector(self, program: Program, entry: fx.Node) -> Projector | None:
+        return find_projector(program) if self.space == "features" else None
+
+    def read(self, values: CutValues, name: str) -> fx.Node:
+        if name == "rows":
+            name = "encoded_features" if self.space == "features" else "hidden"
+        return super().read(values, name)
+
     def score(self, hidden: Tensor, valid: Tensor, count: int) -> Tensor:  # type: ignore[override]
         """Error of approximation; with ``mode=own`` the basis comes first.
 
         Args:
-            hidden: ``[batch, visual tokens, width]``.
+            hidden: embeddings or features, ``[batch, visual tokens, width]``.
             valid: bool ``[batch, visual tokens]``.
             count: visual tokens that stay.
 
@@ -137,20 +165,5 @@ def approximation_error(hidden: Tensor, picks: Tensor, ridge: float) -> Tensor:
     basis = rows.gather(1, picks[..., None].expand(-1, -1, rows.shape[2]))
     gram = basis @ basis.transpose(1, 2)
     gram = gram + ridge * torch.eye(gram.shape[-1], device=gram.device)
-    weights = _solve(gram, basis @ rows.transpose(1, 2))
+    weights = solve_small(gram, basis @ rows.transpose(1, 2))
     return (rows - weights.transpose(1, 2) @ basis).norm(dim=-1)
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """``matrix^-1 right`` for small positive definite matrices, by elimination.
-
-    Unrolled: ``linalg.solve`` has no counterpart in ONNX.
-    """
-    size = matrix.shape[-1]
-    system = torch.cat([matrix, right], dim=-1)
-    for at in range(size):
-        pivot = system[:, at : at + 1] / system[:, at : at + 1, at : at + 1]
-        factors = system[:, :, at : at + 1]
-        unit = torch.arange(size, device=matrix.device)[:, None] == at
-        system = torch.where(unit, pivot, system - factors * pivot)
-    return system[..., size:]

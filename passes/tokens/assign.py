@@ -50,6 +50,27 @@ def assigned_merge(rows: Tensor, target: Tensor, weight: Tensor, mode: str = "me
     return torch.where(changed[..., None], merged, values).to(rows.dtype)
 
 
+def absorbed(rows: Tensor, target: Tensor, weight: Tensor, own: float) -> Tensor:
+    """Rows of which a share gives way to the weighted mean of those that join them.
+
+    Args:
+        rows: float32 ``[batch, tokens, width]``.
+        target: int64 ``[batch, tokens]``, the row that each one joins.
+        weight: ``[batch, tokens]``, of any sign; 0 for rows that join none. Where the weights that
+            a row gets do not sum to more than 0, it stays as it is.
+        own: what stays of a row that others join.
+
+    Returns:
+        Like ``rows``.
+    """
+    total = torch.zeros_like(weight).scatter_add(1, target, weight)
+    share = weight / total.clamp(min=1e-8).gather(1, target)
+    index = target[..., None].expand_as(rows)
+    mean = torch.zeros_like(rows).scatter_add(1, index, rows * share[..., None])
+    received = torch.zeros_like(share).scatter_add(1, target, share) > 0
+    return torch.where(received[..., None], own * rows + (1 - own) * mean, rows)
+
+
 def nearest(metric: Tensor, anchors: Tensor) -> Tensor:
     """The anchor most similar to each row, by cosine.
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from vlmopt import artifacts
+from vlmopt.analysis.modality import embedding_table
 from vlmopt.errors import ArtifactError
+from vlmopt.program import Program
 
 LEAST_SHARE = 0.01
 """Of visual tokens, that an id must be nearest to before it can be an anchor."""
@@ -160,6 +163,21 @@ def _threshold(rows: Sequence[Mapping[str, Any]], anchor: str) -> float:
     cut = int(right.argmax())
     ends = torch.cat([cosine[:1] + 1e-3, cosine, cosine[-1:] - 1e-3])
     return float((ends[cut] + ends[cut + 1]) / 2)
+
+
+def require(path: str, program: Program) -> None:
+    """Check that an artifact of embedlens is for the model of a program.
+
+    Raises:
+        ArtifactError: see :func:`vlmopt.artifacts.read` and :func:`check`.
+    """
+    check(artifacts.read(path, "embedlens", program), path, embedding_table(program))
+
+
+def anchors_of(path: str) -> tuple[Tensor, Tensor]:
+    """Vectors ``[anchors, width]`` and thresholds ``[anchors]`` of an artifact, float32."""
+    found = artifacts.read(path, "embedlens")
+    return torch.tensor(found["vectors"]), torch.tensor(found["thresholds"])
 
 
 def check(found: Mapping[str, Any], path: str, table: Tensor | None) -> None:

@@ -49,6 +49,9 @@ class DuetEncoder(RankedMerge):
         taking = spread(number, pool, anchors)
         return Groups(valid & (number < 0), taking, pool & ~taking)
 
+    def order(self, attention: Tensor, valid: Tensor) -> Tensor:
+        return rank(attention, valid)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DuetVlm(TokenDrop):
@@ -83,11 +86,16 @@ class DuetVlm(TokenDrop):
     )
     width: int = option(4, "first stage: tokens of the pool for each that takes in others", ge=1)
 
+    contexts: str = override(RankedMerge, "contexts", "own")
+
     @property
     def encoder(self) -> DuetEncoder:
         """The first stage."""
         return DuetEncoder(
-            keep=(self.dominant, self.context), width=self.width, positions=self.positions
+            keep=(self.dominant, self.context),
+            width=self.width,
+            positions=self.positions,
+            contexts=self.contexts,
         )
 
     def requires(self, program: Program) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from vlmopt import artifacts
 from vlmopt.analysis.modality import embedding_table
 from vlmopt.calibration import Embedded
 from vlmopt.errors import ArtifactError, OptionError
@@ -62,15 +61,16 @@ class EmbedLens(TokenDrop, Embedded):
                 f"{self.name} needs an artifact, or anchors, and not both",
                 hint=f"vlmopt calibrate MODEL -p {self.name} --data ... -o {self.name}.json",
             )
-        table = embedding_table(program)
         if self.artifact:
-            classes.check(artifacts.read(self.artifact, self.name, program), self.artifact, table)
-        elif table is None or table.is_meta or isinstance(table, FakeTensor):
+            classes.require(self.artifact, program)
+            return
+        table = embedding_table(program)
+        if table is None or table.is_meta or isinstance(table, FakeTensor):
             raise ArtifactError(
                 f"{self.name} compares tokens with embeddings, and this program has none",
                 hint="capture the model with its weights, or give an artifact",
             )
-        elif max(self.anchors) >= len(table):
+        if max(self.anchors) >= len(table):
             raise OptionError(
                 f"{self.name}: there is no id {max(self.anchors)}, the vocabulary has {len(table)}",
                 hint="ids are those of the model's own tokenizer",
@@ -80,13 +80,13 @@ class EmbedLens(TokenDrop, Embedded):
         if name != "anchor_margin":
             return super().read(values, name)
         if self.artifact:
-            found = artifacts.read(self.artifact, self.name)
             device = values.hidden.meta["val"].device
-            vectors, thresholds = (
-                values.emit.constant(torch.tensor(found[key], device=device))
-                for key in ("vectors", "thresholds")
+            near = (value.to(device) for value in classes.anchors_of(self.artifact))
+            given: tuple[Any, ...] = (
+                classes.threshold_margin,
+                values.hidden,
+                *map(values.emit.constant, near),
             )
-            given: tuple[Any, ...] = (classes.threshold_margin, values.hidden, vectors, thresholds)
         else:
             assert values.program is not None
             table = self._table(values.program)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmopt import artifacts
-from vlmopt.analysis.layers import Layers, find_layers
-from vlmopt.analysis.modality import modality_of_tokens, token_stage
-from vlmopt.analysis.sublayers import attention_of
 from vlmopt.calibration import Compared, Variant
 from vlmopt.errors import ArtifactError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
-from vlmopt.program import Program, Stage
-from vlmopt.rewrite.heads import scale_heads
+from vlmopt.program import Program
+from vlmopt.rewrite.heads import without_each_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +39,13 @@ class Hawk(TokenDrop, Compared):
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.2,))
-    norm: str = option("l2", "over visual tokens, per head", choices=("l2", "softmax", "minmax"))
+    norm: str = option(
+        "l2",
+        "over visual tokens, per head; none: as the paper writes it",
+        choices=("l2", "softmax", "minmax", "none"),
+    )
     weights: str = option("", "JSON file with a weight per head; empty for equal weights")
+    all_layers: bool = option(False, "for calibration: leave a head out of all layers, not one")
 
     def requires(self, program: Program) -> None:
         super().requires(program)
@@ -53,15 +54,7 @@ class Hawk(TokenDrop, Compared):
 
     def variants(self, program: Program) -> list[Variant]:
         """The cut layer's attention without head 0, without head 1, and so on."""
-        stage = token_stage(program)
-        heads = attention_of(self._layers(stage), self.layers[0]).meta["val"].shape[1]
-
-        def silence(program: Program, head: int) -> None:
-            stage = token_stage(program)
-            attention = attention_of(self._layers(stage), self.layers[0])
-            scale_heads(stage, attention, [float(other != head) for other in range(heads)])
-
-        return [partial(silence, head=head) for head in range(heads)]
+        return without_each_head(program, None if self.all_layers else self.layers[0])
 
     def conclude(self, rows: Tensor) -> dict[str, Any]:
         """How much each head's absence changes answers, above the least such, as shares."""
@@ -69,9 +62,6 @@ class Hawk(TokenDrop, Compared):
         total = above.sum(-1, keepdim=True)
         shares = torch.where(total > 0, above / total, 1 / above.shape[-1]).mean(0)
         return {"weights": [round(share, 6) for share in shares.tolist()]}
-
-    def _layers(self, stage: Stage) -> Layers:
-        return find_layers(stage, after=modality_of_tokens(stage).anchor)
 
     def score(self, logits: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """Weighted sum over heads.
@@ -91,6 +81,8 @@ class Hawk(TokenDrop, Compared):
         elif self.norm == "minmax":
             heads_first = logits.transpose(1, 2)
             share = select.min_max(heads_first, valid[:, None]).transpose(1, 2)
+        elif self.norm == "none":
+            share = logits
         else:
             known = logits * there
             share = known / known.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -41,6 +41,7 @@ class HiLoPrune(TokenDrop):
     reads = ("selection",)
     needs_capture = True
     first_layer = 1
+    rounding = "round"
 
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.1,))
     alpha: float = option(

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from vlmopt.passes.tokens.assign import assigned_merge, nearest
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.pipeline.options import override
+from vlmopt.passes.tokens.select import take
+from vlmopt.pipeline.options import option, override
 from vlmopt.program import Program
 from vlmopt.rewrite.projector import Projector, projector_before
 
@@ -35,7 +36,8 @@ class RankedMerge(TokenDrop):
     """Base of the methods that keep dominant tokens, and anchors to which others are added.
 
     Members join the anchor most similar by keys; their mean is added to it. That happens before the
-    projector where it makes one token of each row that enters it, else behind it.
+    projector where it makes one token of each row that enters it, else behind it. With
+    ``contexts=last`` and ``positions=renumber`` tokens stand as in the official LLaVA codes.
 
     The official codes hand the class token on as one more visual token; prompts have no place for
     it, so it is left out.
@@ -47,6 +49,11 @@ class RankedMerge(TokenDrop):
     merges = True
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
+    contexts: str = option(
+        "own",
+        "places of the tokens that take in others: their own, or behind all dominant ones",
+        choices=("own", "last"),
+    )
 
     @abstractmethod
     def groups(self, attention: Tensor, valid: Tensor, present: Tensor) -> Groups:
@@ -71,7 +78,20 @@ class RankedMerge(TokenDrop):
         groups = self.groups(attention, valid, present)
         place = torch.arange(keys.shape[1], device=keys.device)
         target = torch.where(groups.members, nearest(keys, groups.anchors), place)
-        return assigned_merge(tokens, target, torch.ones_like(attention), "sum")
+        merged = assigned_merge(tokens, target, torch.ones_like(attention), "sum")
+        if self.contexts == "own":
+            return merged
+        tier = torch.where(groups.dominant, 0, torch.where(groups.anchors, 1, 2))
+        number = torch.where(groups.anchors, self.order(attention, valid), place)
+        order = torch.sort(tier * 2 * keys.shape[1] + number, dim=-1, stable=True).indices
+        slots = torch.sort((tier == 2).long(), dim=-1, stable=True).indices
+        return torch.zeros_like(merged).scatter(
+            1, slots[..., None].expand_as(merged), take(merged, order)
+        )
+
+    def order(self, attention: Tensor, valid: Tensor) -> Tensor:
+        """Order among the tokens that take in others, for ``contexts=last``; int64."""
+        return torch.arange(attention.shape[1], device=attention.device).expand_as(attention)
 
 
 def rank(score: Tensor, valid: Tensor) -> Tensor:

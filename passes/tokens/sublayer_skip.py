@@ -11,14 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmopt import artifacts
 from vlmopt.analysis.layers import find_layers
-from vlmopt.analysis.modality import (
-    TokenModality,
-    embedding_table,
-    modality_of_tokens,
-    token_stage,
-)
+from vlmopt.analysis.modality import TokenModality, modality_of_tokens, token_stage
 from vlmopt.analysis.sublayers import sublayers
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens import classes, select
@@ -30,6 +24,7 @@ from vlmopt.rewrite.rows import (
     Rows,
     first_values,
     of_vision,
+    require_halves,
     without_values,
     without_vision,
 )
@@ -93,29 +88,14 @@ class SublayerSkip(Pass):
                     f"{self.name}: attention={','.join(self.attention)} is about all visual tokens",
                     hint="leave out share and artifact",
                 )
-            found = artifacts.read(self.artifact, "embedlens", program)
-            classes.check(found, self.artifact, embedding_table(program))
+            classes.require(self.artifact, program)
             if stage.cuts and stage.cuts[0].layer == 0:
                 raise PreconditionError(
                     f"{self.name} looks at tokens as they enter layer 0, where "
                     f"{stage.cuts[0].made_by} has cut",
                     hint=f"cut at later layers, or let {self.name} skip all visual tokens",
                 )
-        for place in self.skip:
-            layer = int(place)
-            if place % 0.5 or layer >= len(layers):
-                raise PreconditionError(
-                    f"{self.name} cannot skip {place}: stage {stage.name} has layers 0 to "
-                    f"{len(layers) - 1}",
-                    hint="name a layer n for its attention, n.5 for its feed-forward network",
-                )
-            for cut in stage.cuts:
-                if cut.until is not None and cut.covers(layer):
-                    raise PreconditionError(
-                        f"{self.name} cannot skip {place}: {cut.made_by} has already taken tokens "
-                        "out of that layer",
-                        hint="skip halves of other layers",
-                    )
+        require_halves(stage, layers, self.skip, self.name)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         stage = token_stage(program)
@@ -165,17 +145,15 @@ class SublayerSkip(Pass):
         if not self.artifact:
             return rewrite.choose_rows(modality, modality.visual, without_vision, others=True)
         counts = self._counts(modality)
-        found = artifacts.read(self.artifact, "embedlens")
+        anchors, thresholds = classes.anchors_of(self.artifact)
         quotas = [[there - skipped] for there, skipped in zip(modality.visual, counts, strict=True)]
 
         def choose(kinds: Tensor, count: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            vectors, thresholds, quota = (
-                torch.tensor(value, device=hidden.device)
-                for value in (found["vectors"], found["thresholds"], quotas)
-            )
-            score = -classes.threshold_margin(hidden, vectors, thresholds)
+            device = hidden.device
+            quota = torch.tensor(quotas, device=device)
+            near = classes.threshold_margin(hidden, anchors.to(device), thresholds.to(device))
             visual, padding = kinds == Modality.VISION, kinds == Modality.PADDING
-            return select.keep_best_ragged(score, visual, padding, quota, count)
+            return select.keep_best_ragged(-near, visual, padding, quota, count)
 
         entry = rewrite.layers.entries[0]
         return rewrite.choose_rows(modality, counts, choose, entry, others=True)

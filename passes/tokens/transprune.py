@@ -23,7 +23,7 @@ class TransPrune(TokenDrop):
     text after the image. Shares to keep are of the original visual tokens.
 
     Reference: "TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model",
-    arXiv 2507.20630. Signs follow the official code, ``strict_original=false`` the paper's text.
+    arXiv 2507.20630. The sign of a turn follows the official code, ``abs_cos=true`` the paper.
     """
 
     name = "transprune"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.pipeline.options import override
+from vlmopt.pipeline.options import option, override
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,8 @@ class V2Drop(TokenDrop):
     """Drop the visual tokens that change least from one layer to the next.
 
     At the entry of each chosen layer ``k``, a token's score is the L2 norm, in float32, of the
-    residual stream entering layer ``k`` minus the one entering layer ``k - 1``. Needs no attention
-    scores and no calibration.
+    residual stream entering layer ``k`` minus the one entering layer ``k - 1``; or another distance
+    that the paper tries (``metric``). Needs no attention scores and no calibration.
 
     Reference: "Variation-aware Vision Token Dropping for Faster Large Vision-Language Models",
     arXiv 2509.01552.
@@ -30,10 +31,10 @@ class V2Drop(TokenDrop):
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (3, 17, 22), ge=1)
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.5, 0.5, 0.0))
+    metric: str = option("l2", "distance between the two", choices=("l2", "l1", "cosine"))
 
-    @staticmethod
-    def score(hidden: Tensor, previous_hidden: Tensor) -> Tensor:  # type: ignore[override]
-        """L2 norm of a layer's update.
+    def score(self, hidden: Tensor, previous_hidden: Tensor) -> Tensor:  # type: ignore[override]
+        """How far a layer moves each token.
 
         Args:
             hidden, previous_hidden: ``[batch, tokens, width]``, entering layers ``k`` and
@@ -42,4 +43,7 @@ class V2Drop(TokenDrop):
         Returns:
             float32 ``[batch, tokens]``; higher stays.
         """
-        return (hidden.float() - previous_hidden.float()).norm(dim=-1)
+        after, before = hidden.float(), previous_hidden.float()
+        if self.metric == "cosine":
+            return 1 - torch.nn.functional.cosine_similarity(after, before, dim=-1)
+        return (after - before).norm(p=1 if self.metric == "l1" else 2, dim=-1)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmopt.errors import OptionError
 from vlmopt.ops.selection import centrifugal, similarity
+from vlmopt.passes.tokens.assign import absorbed
 from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.passes.tokens.grids import rows_and_columns
 from vlmopt.pipeline.options import option, override
 
 
@@ -39,6 +40,9 @@ class VlmPruner(TokenDrop):
     layers: tuple[int, ...] = override(TokenDrop, "layers", (2,), ge=1)
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.111,))
     grid: tuple[int, ...] = option((), "rows and columns of an image's tokens; empty: a square")
+    premerge: bool = option(
+        False, "wrap lines at twice the columns, as the official Qwen code does by mistake"
+    )
     pivots: int = option(4, "tokens that the set grows from", ge=1)
     channels: int = option(256, "channels that similarity looks at", ge=1)
     spatial: float = option(0.5, "how much distance adds to redundancy", ge=0)
@@ -47,7 +51,9 @@ class VlmPruner(TokenDrop):
     batch: int = option(16, "candidates looked at together", ge=1)
     own: float = option(0.3, "share of itself in a token that others join", ge=0, le=1)
     clamp: bool = option(True, "merge no token with negative weight")
-    fill: bool = option(True, "keep as many as asked for where the rounds end early")
+    fill: bool = option(
+        True, "where the rounds end early the least redundant tokens stay too; else the first ones"
+    )
 
     def score(  # type: ignore[override]
         self, hidden: Tensor, keys: Tensor, valid: Tensor, quota: Tensor, count: int
@@ -64,7 +70,9 @@ class VlmPruner(TokenDrop):
         Returns:
             float32 ``[batch, visual tokens]``; 0 for what was not picked.
         """
-        rows, columns = self._grid(hidden.shape[1])
+        rows, columns = rows_and_columns(self.name, self.grid, hidden.shape[1])
+        if self.premerge:  # of patches, of which two by two make a token
+            rows, columns = 2 * rows, 2 * columns
         place = torch.arange(hidden.shape[1], device=hidden.device)
         places = torch.stack([place % columns, place // columns], -1).float()
         picks = centrifugal(
@@ -88,15 +96,6 @@ class VlmPruner(TokenDrop):
         zeros = torch.zeros(hidden.shape[:2], device=hidden.device)
         return zeros.scatter_add(1, picks.clamp(min=0), rank)
 
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        rows, columns = self.grid or (math.isqrt(tokens),) * 2
-        if rows * columns != tokens:
-            raise OptionError(
-                f"{self.name}: {tokens} visual tokens are no grid of {rows} by {columns}",
-                hint="give their rows and columns, such as grid=12,16",
-            )
-        return rows, columns
-
     def merge(  # type: ignore[override]
         self,
         tokens: Tensor,
@@ -116,13 +115,8 @@ class VlmPruner(TokenDrop):
             score, keys, quota, count: as for :meth:`score`; not used.
         """
         rows = tokens.float()
-        alike = similarity(rows, self.channels)
+        alike = similarity(rows, self.channels, valid)
         best = alike.masked_fill(~kept[:, None], float("-inf")).max(-1)
         weight = best.values.clamp(min=0) if self.clamp else best.values
         weight = torch.where(valid & ~kept, weight, 0.0)
-        total = torch.zeros_like(weight).scatter_add(1, best.indices, weight)
-        share = weight / total.clamp(min=1e-8).gather(1, best.indices)
-        index = best.indices[..., None].expand_as(rows)
-        mean = torch.zeros_like(rows).scatter_add(1, index, rows * share[..., None])
-        received = torch.zeros_like(share).scatter_add(1, best.indices, share) > 0
-        return torch.where(received[..., None], self.own * rows + (1 - self.own) * mean, rows)
+        return absorbed(rows, best.indices, weight, self.own)

@@ -99,6 +99,12 @@ def test_volume_never_takes_a_duplicate() -> None:
     assert greedy_log_det(rows, there(rows), bonus, 1.0, 1e-9, 2, True).tolist() == [[0, 2]]
 
 
+def test_volumes_that_differ_by_rounding_are_equal() -> None:
+    rows = torch.nn.functional.normalize(draw(0, batch=4, tokens=9), dim=-1)
+    given = (rows, there(rows), torch.zeros(4, 9), 1.0, 1e-6, 1, True)
+    assert greedy_log_det(*given).tolist() == greedy_log_det_steps(*given).tolist() == [[0]] * 4
+
+
 def test_without_volume_it_ranks_by_bonus() -> None:
     bonus = torch.tensor([[0.1, 0.9, 0.3, 0.9]])
     rows = draw(0, batch=1, tokens=4)

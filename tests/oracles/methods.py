@@ -150,6 +150,37 @@ def divprune(keep: Keep) -> Choose:
     return choose
 
 
+def prune2drive(budgets: list[Keep]) -> Choose:
+    """Each view, as many tokens as any other, on its own; ``budgets`` count those of a view."""
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        stays = recorded.present.clone()
+        for sample in range(len(stays)):
+            slots = torch.nonzero(recorded.visual[sample] & recorded.present[sample])[:, 0].tolist()
+            size = len(slots) // len(budgets)
+            for view, budget in enumerate(budgets):
+                own = slots[view * size : (view + 1) * size]
+                picks = _greedy(recorded.hidden[layer][sample, own], budget(size, size))
+                stays[sample, [slot for at, slot in enumerate(own) if at not in picks]] = False
+        return Choice(layer, stays)
+
+    return choose
+
+
+def stride_drop(keep: Keep) -> Choose:
+    """Of n tokens the ones at which another of q becomes due: n/q, 2n/q, ... rounded up."""
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        def score(sample: int, slots: list[int]) -> list[float]:
+            count = keep(int(recorded.visual[sample].sum()), len(slots))
+            due = [-(-turn * len(slots) // count) - 1 for turn in range(1, count + 1)]
+            return [float(at in due) for at in range(len(slots))]
+
+        return best(recorded, layer, score, keep)
+
+    return choose
+
+
 def coin(keep: Keep, alpha: float = 0.5, beta: float = 0.5, ridge: float = 1e-6) -> Choose:
     def choose(recorded: Recorded, layer: int) -> Choice:
         def score(sample: int, slots: list[int]) -> list[float]:
@@ -240,8 +271,14 @@ def alvts(keep: Keep, model: Any) -> Choose:
     return choose
 
 
-def apet(keep: Keep, basis: int, ridge: float = 1e-5) -> Choose:
-    """``mode=overwrite``, places by index."""
+def apet(
+    keep: Keep,
+    basis: int,
+    ridge: float = 1e-5,
+    features: list[torch.Tensor] | None = None,
+    project: Any = None,
+) -> Choose:
+    """``mode=overwrite``, places by index; on what enters the projector where that is given."""
 
     def choose(recorded: Recorded, layer: int) -> Choice:
         stays = recorded.present.clone()
@@ -249,6 +286,8 @@ def apet(keep: Keep, basis: int, ridge: float = 1e-5) -> Choose:
         for sample in range(len(stays)):
             slots = torch.nonzero(recorded.visual[sample] & recorded.present[sample])[:, 0].tolist()
             rows = recorded.hidden[layer][sample, slots].float()
+            if features is not None:
+                rows = features[sample].float()
             picks = [int(rows.norm(dim=1).argmax())]
             while len(picks) < basis:
                 far = (rows[:, None] - rows[picks][None]).square().sum(-1).amin(1)
@@ -272,6 +311,9 @@ def apet(keep: Keep, basis: int, ridge: float = 1e-5) -> Choose:
             merged = new.clone()
             for anchor, members in groups.items():
                 merged[anchor] = new[[anchor, *members]].mean(0)
+            if features is not None:
+                with torch.no_grad():
+                    merged = project(merged[None])[0]
             replaced[sample, slots] = merged.to(replaced.dtype)
         return Choice(layer, stays, replaced)
 

@@ -5,89 +5,17 @@ Same tokens, same logits, the same 32 tokens generated: batches of different ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import zoo
-from oracles import methods
-from oracles.agreement import check
+from oracles.agreement import assert_equals_oracle, captured, check, check_batch
+from oracles.methods import given, prune2drive
+from oracles.plans import CASES, FAMILIES, half, quarter_of_all
 from oracles.reduced import ReducedOracle
 
 import vlmopt
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import run_pipeline
-
-Plan = list[tuple[int, methods.Choose]]
-
-
-def half(original: int, present: int) -> int:
-    return present // 2
-
-
-def quarter_of_all(original: int, present: int) -> int:
-    return original // 4
-
-
-def none(original: int, present: int) -> int:
-    return 0
-
-
-def nearly(share: float) -> methods.Keep:
-    return lambda original, present: int(original * share)
-
-
-CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
-    "fastv": (
-        "fastv{layers=1,3 keep=0.5}",
-        lambda model: [(at, methods.fastv(half)) for at in (1, 3)],
-    ),
-    "pyramid-drop": (
-        "pyramid-drop{layers=0,2 keep=0.5,0.25}",
-        lambda model: [
-            (0, methods.pyramid_drop(half)),
-            (2, methods.pyramid_drop(quarter_of_all)),
-        ],
-    ),
-    "duet-vlm": (
-        "duet-vlm{layers=1,3 keep=0.5,0 positions=keep}",
-        lambda model: [(1, methods.duet(half)), (3, methods.duet(none))],
-    ),
-    "transprune": (
-        "transprune{layers=1,2,3 keep=0.75,0.5,0.25 scored=3 positions=keep}",
-        lambda model: [
-            (layer, methods.transprune(nearly(share), range(3)))
-            for layer, share in ((1, 0.75), (2, 0.5), (3, 0.25))
-        ],
-    ),
-    "hawk": ("hawk{keep=0.5}", lambda model: [(0, methods.hawk(half, model))]),
-    "divprune": ("divprune{keep=0.5}", lambda model: [(0, methods.divprune(half))]),
-    "prune2drive": (
-        "prune2drive{layers=1 keep=0.5}",
-        lambda model: [(1, methods.divprune(half))],
-    ),
-    "coin": ("coin{keep=0.25}", lambda model: [(0, methods.coin(quarter_of_all))]),
-    "apet": ("apet{layers=1 keep=0.5 basis=3}", lambda model: [(1, methods.apet(half, 3))]),
-    "alvts": (
-        "alvts{layers=0,1,3 keep=0.5 rank=32}",
-        lambda model: [(at, methods.alvts(half, model)) for at in (0, 1, 3)],
-    ),
-    "composed": (
-        "hawk{keep=0.5} | fastv{layers=2 keep=0.5} | alvts{layers=3 keep=0.5 rank=32}",
-        lambda model: [
-            (0, methods.hawk(half, model)),
-            (2, methods.fastv(half)),
-            (3, methods.alvts(half, model)),
-        ],
-    ),
-}
-FAMILIES = dict.fromkeys(CASES, ("llava", "qwen2_5_vl")) | {
-    "fastv": ("llava", "gemma3", "qwen3_vl", "internvl"),
-    "duet-vlm": ("llava", "gemma3", "qwen3_vl", "smolvlm"),
-    "hawk": ("llava", "qwen2_5_vl", "qwen3_vl"),
-    "alvts": ("llava", "internvl"),
-}
 
 
 @pytest.mark.parametrize(
@@ -95,10 +23,9 @@ FAMILIES = dict.fromkeys(CASES, ("llava", "qwen2_5_vl")) | {
 )
 def test_a_method_equals_its_eager_reference(method: str, family: str) -> None:
     text, plan = CASES[method]
-    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
-    visual = inputs["input_ids"] == zoo.IMAGE
-    oracle = ReducedOracle(model, inputs, visual, plan(model))
-    check(model, inputs, text, oracle)
+    tiny, inputs = captured(family), zoo.inputs(family, batch=3)
+    oracle = ReducedOracle(tiny.model, inputs, zoo.visual(inputs), plan(tiny.model))
+    check(tiny, inputs, text, oracle)
 
 
 @pytest.mark.parametrize("family", ["llava", "internvl"])
@@ -126,17 +53,87 @@ def test_samples_with_more_images_than_others(method: str, renumber: bool) -> No
     check(model, inputs, text, oracle)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_each_view_has_its_own_budget(layer: int, padding: str, family: str) -> None:
+    """Two images in each prompt, half of the first and a quarter of the second."""
+    images = (2, 2, 2)
+    tiny = captured(family)
+    inputs = zoo.inputs(family, batch=3, images=images, padding=padding)
+    plan = [(layer, prune2drive([half, quarter_of_all]))]
+    oracle = ReducedOracle(tiny.model, inputs, zoo.visual(inputs), plan)
+    assert (oracle.choices[0].stays & zoo.visual(inputs)).sum(1).tolist() == [8 + 4] * 3
+    text = f"prune2drive{{layers={layer} views=2 budgets=0.5,0.25}}"
+    check(tiny, inputs, text, oracle, tokens=32 if padding == "left" else 0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("method", ["random-drop", "information-horizon"])
+def test_a_random_choice_is_the_same_for_all_samples(
+    method: str, padding: str, family: str
+) -> None:
+    tiny, inputs = captured(family), zoo.inputs(family, batch=3, padding=padding)
+    text = {
+        "random-drop": "random-drop{layers=0,2 keep=0.33,0.5 seed=3}",
+        "information-horizon": "information-horizon{layers=0,2 keep=0.33,0 mode=random seed=3}",
+    }[method]
+    oracle = assert_equals_oracle(
+        tiny,
+        inputs,
+        text,
+        lambda kept: [(at, given(kept[f"kept_{n}_slots"])) for n, at in ((1, 0), (2, 2))],
+        tokens=32 if padding == "left" else 0,
+    )
+    visual = zoo.visual(inputs)
+    for choice, count in zip(oracle.choices, (5, 2 if method == "random-drop" else 0), strict=True):
+        chosen = [row[there].tolist() for row, there in zip(choice.stays, visual, strict=True)]
+        assert sum(chosen[0]) == count
+        assert chosen == [chosen[0]] * 3
+
+
 @pytest.mark.parametrize("method", sorted(CASES))
+def test_padding_may_stand_on_the_right(method: str) -> None:
+    text, plan = CASES[method]
+    tiny, inputs = captured("llava"), zoo.inputs("llava", batch=3, padding="right")
+    oracle = ReducedOracle(tiny.model, inputs, zoo.visual(inputs), plan(tiny.model))
+    check(tiny, inputs, text, oracle, tokens=0)
+
+
+BATCHED = {name: text for name, (text, _) in CASES.items()} | {
+    "transprune, renumbered": "transprune{layers=1,3 keep=0.5,0.25 scored=3 positions=auto}",
+    "duet-vlm, renumbered": "duet-vlm{layers=1,3 keep=0.5,0.25 positions=auto}",
+    "random-drop": "random-drop{layers=0,2 keep=0.33,0.5}",
+    "embedlens": "embedlens{anchors=11,23,42 keep=0.5}",
+    "zoo-prune": "zoo-prune{keep=0.5}",
+    "score": "score{keep=0.5}",
+    "visionzip": "visionzip{keep=0.5}",
+    "duet-vlm, both stages": "duet-vlm{dominant=0.5 context=0.125 layers=1,3 keep=0.5,0.25}",
+    "hilo-prune": "hilo-prune{keep=0.5}",
+    "vision-entry": "vision-entry{layer=2}",
+}
+
+
+@pytest.mark.parametrize("method", sorted(BATCHED))
 def test_a_batch_equals_its_samples(method: str) -> None:
-    text, _ = CASES[method]
-    model, inputs = zoo.build("llava"), zoo.inputs("llava", batch=3, text=(6, 6, 6))
-    with torch.no_grad():
-        together = vlmopt.optimize(model, inputs, text, backend="eager")(**inputs).logits
-    for sample in range(3):
-        single = {name: value[sample : sample + 1] for name, value in inputs.items()}
-        with torch.no_grad():
-            alone = vlmopt.optimize(model, single, text, backend="eager")(**single).logits
-        assert (together[sample] - alone[0]).abs().max() <= 1e-5
+    """Different images and texts of different lengths, padded on the left."""
+    check_batch(captured("llava"), BATCHED[method], zoo.inputs("llava", text=(6, 11, 6)))
+
+
+@pytest.mark.parametrize(
+    "method", sorted({*BATCHED} - {"vlm-pruner", "vlm-pruner, rounds that end early"})
+)
+def test_a_batch_with_several_images_equals_its_samples(method: str) -> None:
+    images = (1, 2, 1)
+    inputs = zoo.inputs("llava", text=(6, 5, 6), images=images)
+    check_batch(captured("llava"), BATCHED[method], inputs, images)
+
+
+@pytest.mark.parametrize("method", ["v2drop", "fastv", "transprune", "hawk", "alvts", "apet"])
+def test_a_batch_with_three_axes_of_positions_equals_its_samples(method: str) -> None:
+    inputs = zoo.inputs("qwen2_5_vl", text=(6, 11, 6))
+    check_batch(captured("qwen2_5_vl"), BATCHED[method], inputs)
 
 
 def test_several_axes_of_positions_cannot_be_renumbered() -> None:

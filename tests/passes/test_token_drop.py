@@ -133,7 +133,7 @@ def test_golden_vectors_of_the_official_code() -> None:
         tensors = load_file(case.with_suffix(".safetensors"))
         for stage, keep in enumerate(description["parameters"]["keep"]):
             hidden = tensors[f"s{stage}.h_cur"][None]
-            score = V2Drop.score(hidden, tensors[f"s{stage}.h_prev"][None])
+            score = V2Drop().score(hidden, tensors[f"s{stage}.h_prev"][None])
             count = hidden.shape[1]
             kept = select.keep_best(
                 score, torch.ones(1, count, dtype=torch.bool), V2Drop().quota(count, keep)
@@ -145,12 +145,12 @@ def test_score_is_the_norm_of_the_update() -> None:
     norms = torch.tensor([3.0, 1.0, 2.0, 5.0])
     hidden = torch.zeros(1, 4, 2)
     hidden[0, :, 0] = norms
-    score = V2Drop.score(hidden, torch.zeros_like(hidden))
+    score = V2Drop().score(hidden, torch.zeros_like(hidden))
     kept = select.keep_best(score, torch.ones(1, 4, dtype=torch.bool), 2)
     assert kept.tolist() == [[0, 3]]
     doubled = torch.tensor([[[4.0, 0.0]]])
-    assert V2Drop.score(2 * doubled, doubled).item() == 4
-    assert V2Drop.score(doubled.bfloat16(), doubled.bfloat16()).dtype == torch.float32
+    assert V2Drop().score(2 * doubled, doubled).item() == 4
+    assert V2Drop().score(doubled.bfloat16(), doubled.bfloat16()).dtype == torch.float32
 
 
 def test_counts_of_the_paper() -> None:

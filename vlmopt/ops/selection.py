@@ -17,6 +17,9 @@ METRICS = ("cosine", "euclidean", "squared")
 _BLOCK = 1 << 20
 """Distances held at a time while the most isolated row is looked for."""
 
+_FLAT = 1e-5
+"""Logarithms of volumes that differ by less are the same but for rounding."""
+
 _GRID = 2.0**12
 """Cosines count in units of 1 / this: sums of up to 4096 are exact, so that equal gains are equal
 in whatever order they are added."""
@@ -202,7 +205,7 @@ def greedy_log_det(
                 among = gain[valid_here & open_]
                 low = among.min() if len(among) else np.float32(0)
                 spread = among.max() - low if len(among) else np.float32(0)
-            scaled = (gain - low) / spread if spread > 0 else np.zeros_like(gain)
+            scaled = (gain - low) / spread if spread > _FLAT else np.zeros_like(gain)
             score = np.where(valid_here, worth + np.float32(alpha) * scaled, np.float32(-1e30))
             score[~open_] = -np.inf
             pick = int(score.argmax())
@@ -244,7 +247,7 @@ def greedy_log_det_steps(
             high = gain.masked_fill(~among, float("-inf")).amax(-1, keepdim=True)
             bounds = low, high - low
         low, spread = bounds
-        scaled = torch.where(spread > 0, (gain - low) / spread, 0.0)
+        scaled = torch.where(spread > _FLAT, (gain - low) / spread, 0.0)
         score = (1 - alpha) * bonus.float() + alpha * scaled
         # below every score: what is not valid, and what is picked already
         score = torch.where(open_, torch.where(valid, score, -1e30), float("-inf"))
@@ -441,13 +444,22 @@ def _(
     return hidden.new_empty(hidden.shape[0], count, dtype=torch.int64)
 
 
-def similarity(hidden: Tensor, channels: int) -> Tensor:
+def similarity(hidden: Tensor, channels: int, valid: Tensor | None = None) -> Tensor:
     """Cosine similarity on the channels of largest variance, ``[..., tokens, tokens]``.
 
     Args:
         hidden: ``[..., tokens, width]``.
+        valid: bool ``[..., tokens]``, the tokens whose variance counts; ``None`` for all.
     """
-    varying = hidden.var(-2).sort(dim=-1, descending=True, stable=True).indices[..., :channels]
+    if valid is None:
+        spread = hidden.var(-2)
+    else:
+        there = valid[..., None].to(hidden.dtype)
+        count = there.sum(-2, keepdim=True)
+        mean = (hidden * there).sum(-2, keepdim=True) / count.clamp(min=1)
+        squares = ((hidden - mean).square() * there).sum(-2)
+        spread = squares / (count[..., 0, :] - 1).clamp(min=1)
+    varying = spread.sort(dim=-1, descending=True, stable=True).indices[..., :channels]
     index = varying[..., None, :].expand(*hidden.shape[:-1], varying.shape[-1])
     rows = hidden.gather(-1, index)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-8)

@@ -14,6 +14,7 @@ from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.modality import TokenModality
 from vlmopt.analysis.sublayers import Sublayers, attention_of, middle_of
 from vlmopt.analysis.token_axes import B, Dims, T, TokenAxes, follow_tokens, shape_of
+from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Stage
@@ -197,6 +198,32 @@ class RowRewrite:
 
 
 _KEPT = ("scale", "enable_gqa")
+
+
+def require_halves(stage: Stage, layers: Layers, places: Sequence[float], name: str) -> None:
+    """Check that halves of layers can be computed for some tokens only.
+
+    Args:
+        places: n for attention of layer n, n.5 for its feed-forward network.
+        name: of the pass, for errors.
+
+    Raises:
+        PreconditionError: there is no such half, or tokens are not in all of that layer.
+    """
+    for place in places:
+        layer = int(place)
+        if place % 0.5 or layer >= len(layers):
+            raise PreconditionError(
+                f"{name} cannot skip {place}: stage {stage.name} has layers 0 to {len(layers) - 1}",
+                hint="name a layer n for its attention, n.5 for its feed-forward network",
+            )
+        for cut in stage.cuts:
+            if cut.until is not None and cut.covers(layer):
+                raise PreconditionError(
+                    f"{name} cannot skip {place}: {cut.made_by} has already taken tokens out of "
+                    "that layer",
+                    hint="skip halves of other layers",
+                )
 
 
 def without_values(value: Tensor, modality: Tensor) -> Tensor:
