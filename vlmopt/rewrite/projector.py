@@ -93,7 +93,9 @@ class Projector:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """``[batch, rows, width]`` to ``[batch, rows, width of the language model]``."""
-        return self._run(rows)[0]
+        (out,) = self.graph.output_node().all_input_nodes
+        value: Tensor = self._values(rows)[out]
+        return value.reshape(*rows.shape[:-1], value.shape[-1])
 
     @cached_property
     def moving(self) -> fx.Node:
@@ -140,48 +142,53 @@ class Projector:
         Raises:
             PreconditionError: the projector has an operator whose derivative is not known here.
         """
-        total = torch.zeros_like(rows[..., 0], dtype=torch.float32)
+        (out,) = self.graph.output_node().all_input_nodes
+        values = self._values(rows)
+        total = torch.zeros(1, dtype=torch.float32, device=rows.device)
         for some in directions.split(_AT_ONCE):
-            _, moved = self._run(rows, some)
+            moved = self._tangents(values, some)[out]
             total = total + moved.float().norm(dim=-1).sum(0)
-        return total / len(directions)
+        return (total / len(directions)).expand(values[out].shape[:-1]).reshape(rows.shape[:-1])
 
-    def _run(self, rows: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Value and tangent of the result; a tangent has one dimension more, for directions."""
-        axes = self._axes
-        sizes = axes.sizes(rows.shape[:-1])
-        start = None if directions is None else self.moving
-        values: dict[fx.Node, Any] = {}
-        tangents: dict[fx.Node, Any] = {}
+    def _values(self, rows: Tensor) -> dict[fx.Node, Any]:
+        """All that the graph computes of ``rows``."""
+        sizes = self._axes.sizes(rows.shape[:-1])
         given = iter(self.given)
         dtype = next((weight.dtype for weight in self.given), rows.dtype)
+        values: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                values[node] = rows.to(dtype).reshape(axes.shape(node, sizes))
+                values[node] = rows.to(dtype).reshape(self._axes.shape(node, sizes))
             elif node.op == "get_attr":
                 values[node] = next(given)
-            elif node.op == "output":
-                (result,) = node.all_input_nodes
-                shape = (*rows.shape[:-1], values[result].shape[-1])
-                moved = tangents.get(result, values[result][None])
-                moved = moved.expand(-1, *values[result].shape)
-                return values[result].reshape(shape), moved.reshape(len(moved), *shape)
-            else:
+            elif node.op == "call_function":
                 args = fx.map_arg(node.args, values.__getitem__)
                 kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-                if node.target in VIEWS and node in axes.labels:
-                    args = (args[0], axes.shape(node, sizes))
+                if node.target in VIEWS and node in self._axes.labels:
+                    args = (args[0], self._axes.shape(node, sizes))
                 values[node] = node.target(*args, **kwargs)
-                if tangents.keys() & set(node.all_input_nodes):
-                    moved = pytree.tree_map(
-                        lambda arg: tangents.get(arg) if isinstance(arg, fx.Node) else None,
-                        tuple(node.args),
-                    )
-                    tangents[node] = derivative_of(node)(moved, args, kwargs)
-            if node is start and directions is not None:
-                lead = [1] * (values[node].ndim - 1)  # the same for all rows
-                tangents[node] = directions.to(dtype).reshape(len(directions), *lead, -1)
-        raise AssertionError("a graph ends with its output")
+        return values
+
+    def _tangents(self, values: dict[fx.Node, Any], directions: Tensor) -> dict[fx.Node, Any]:
+        """How they move along ``directions``, ``[directions, *shape]`` each.
+
+        What is the same for all rows is there once: 1 long.
+        """
+        lead = [1] * (values[self.moving].ndim - 1)
+        start = directions.to(values[self.moving].dtype).reshape(len(directions), *lead, -1)
+        tangents: dict[fx.Node, Any] = {self.moving: start}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and tangents.keys() & set(node.all_input_nodes):
+                args = fx.map_arg(node.args, values.__getitem__)
+                kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+                moved = pytree.tree_map(
+                    lambda arg: tangents.get(arg) if isinstance(arg, fx.Node) else None,
+                    tuple(node.args),
+                )
+                if node.target in VIEWS:
+                    args = (args[0], values[node].shape)
+                tangents[node] = derivative_of(node)(moved, args, kwargs)
+        return tangents
 
 
 def find_projector(program: Program) -> Projector:
