@@ -49,11 +49,13 @@ class Encoding:
             one whose rows become part of several tokens.
         projector: route of the rows that enter the projector, where there is one and each becomes
             one token of the prompt as it leaves it.
+        tokens: stage and output whose rows are tokens of the prompt as they are, and their route.
     """
 
     read: tuple[str, ...]
     outputs: dict[str, Route | None]
     projector: Route | None
+    tokens: tuple[str, str, Route] | None = None
 
 
 def find_encoding(
@@ -88,22 +90,31 @@ def _find_encoding(
     read = _depended_on(run.given, leaves)
     direction = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(0))
     value = rows.float() @ direction.to(rows.device)
-    entry, left = run.projected if run.projected is not None else (None, None)
-    sources = [*leaves.values(), *([entry] if entry is not None else [])]
     if not value.requires_grad:
         return Encoding(read, {}, None)
-    routes = _routes(value, sources)
+    # a projector that runs several times has several places for the rows of each token
+    entry, left = run.projected[0] if len(run.projected) == 1 else (None, {})
+    entries = [] if entry is None else [entry]
+    routes = iter(_routes(value, [*leaves.values(), *entries, *left.values()]))
+    found = dict(zip(leaves, routes, strict=False))
     outputs = {
         name: route
-        for (name, _), route in zip(leaves.items(), routes, strict=False)
+        for name, route in found.items()
         if route is None or any(token >= 0 for token in route.tokens)
     }
-    whole = None
-    if entry is not None and left is not None:
-        whole = routes[-1]
-        if whole is None or not _is_copied(rows, left, whole):
-            whole = None
-    return Encoding(read, outputs, whole)
+    whole = next(routes) if entries else None
+    ends = [("vision_encoder", name, leaf, found[name]) for name, leaf in leaves.items()]
+    if run.projected:
+        ends = [("projector", *item, next(routes)) for item in left.items()]
+    copied = (
+        (stage, name, route)
+        for stage, name, value, route in ends
+        if route is not None and _is_copied(rows, value, route)
+    )
+    tokens = next(copied, None)
+    if tokens is None or whole != tokens[2]:
+        whole = None
+    return Encoding(read, outputs, whole, tokens)
 
 
 def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding) -> dict[str, Any]:
@@ -115,6 +126,8 @@ def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding
     Returns:
         ``block``: the last block that tokens of the prompt are made of; ``rows``: route of the rows
         that leave it; ``projector``: route of the rows that enter the projector, or ``None``;
+        ``tokens``: route of the rows that are tokens as they are, with the ``stage`` that they
+        leave and its ``output``, or ``None``;
         ``pixels``: where the pixels of each row stand, see :func:`_pixels_of_rows`, or ``None``. Or
         ``unknown``: why not.
     """
@@ -124,11 +137,14 @@ def describe_encoding(stage: Stage, given: Mapping[str, Any], encoding: Encoding
             pixels = _pixels_of_rows(stage, given, route.shape)
     except PreconditionError as error:
         return {"unknown": str(error)}
-    projector = encoding.projector
+    projector, tokens = encoding.projector, encoding.tokens
     return {
         "block": block,
         "rows": route.to_json(),
         "projector": None if projector is None else projector.to_json(),
+        "tokens": None
+        if tokens is None
+        else {"stage": tokens[0], "output": tokens[1], **tokens[2].to_json()},
         "pixels": pixels,
     }
 
@@ -294,7 +310,7 @@ class _Run:
     def __init__(self, encoder: nn.Module, projector: nn.Module | None, decoder: nn.Module) -> None:
         self.encoder, self.projector, self.decoder = encoder, projector, decoder
         self.leaves: list[dict[str, Tensor]] = []
-        self.projected: tuple[Tensor, Tensor] | None = None
+        self.projected: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.embeddings: Tensor | None = None
         self.given: list[Tensor] = []  # what the decoder gets, as far as it has a gradient
 
@@ -327,8 +343,13 @@ class _Run:
 
     def _projected(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if given and isinstance(output, Tensor) and given[0].is_floating_point():
-            self.projected = given[0], output
+        left = {
+            name_of(path): value
+            for path, value in pytree.tree_leaves_with_path(output)
+            if isinstance(value, Tensor) and value.requires_grad
+        }
+        if given and given[0].is_floating_point() and given[0].requires_grad:
+            self.projected.append((given[0], left))
 
     def _decoding(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         self.embeddings = kwargs.get("inputs_embeds")
@@ -394,9 +415,9 @@ def _gradients(value: Tensor, sources: list[Tensor], by_element: bool) -> list[T
 def _is_copied(rows: Tensor, left: Tensor, route: Route) -> bool:
     """Whether rows that left the projector are tokens as they are, one each."""
     tokens = torch.tensor(route.tokens, device=rows.device)
-    if left.shape[:-1] != route.shape or len(tokens.unique()) != len(tokens):
-        return False
-    if left.shape[-1] != rows.shape[-1]:
-        return False
     there = tokens >= 0
+    if left.shape != (*route.shape, rows.shape[-1]) or not bool(there.any()):
+        return False
+    if len(tokens[there].unique()) != int(there.sum()):
+        return False
     return bool((rows[tokens[there]] == left.flatten(0, -2)[there].to(rows.dtype)).all())

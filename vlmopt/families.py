@@ -56,6 +56,9 @@ STAGE_NAMES: dict[str, str] = {
 }
 """Component name of ``transformers.exporters`` -> stage name, in execution order."""
 
+PROJECTOR_NAMES: tuple[str, ...] = ("aligner", "vision_projection", "mm_projector")
+"""Names of modules that project patches, beside those that ``transformers.exporters`` knows."""
+
 
 def visual_token_ids(config: object) -> tuple[int, ...]:
     """Token ids that stand for vision in a prompt, from a Hugging Face config (may be empty)."""

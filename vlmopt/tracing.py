@@ -88,10 +88,14 @@ def submodules(model: Any) -> dict[str, nn.Module]:
     """Modules of a generative model by the name of the stage that they become."""
     from transformers.exporters.utils import _find_multimodal_submodules
 
-    return {
+    found = {
         families.STAGE_NAMES.get(name, name): module
         for name, module in _find_multimodal_submodules(model).items()
     }
+    if "vision_encoder" in found and "projector" not in found:
+        modules = (getattr(model.base_model, name, None) for name in families.PROJECTOR_NAMES)
+        found |= {"projector": module for module in modules if isinstance(module, nn.Module)}
+    return found
 
 
 def _is_generative(model: nn.Module) -> bool:

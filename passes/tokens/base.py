@@ -31,7 +31,7 @@ from vlmopt.rewrite.projector import Projector
 from vlmopt.rewrite.tokens import Choice, CutSite, cut_decode, cut_tokens, emitting, remove_unused
 from vlmopt.rewrite.values import PER_SAMPLE, CutValues
 
-COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present", "derivatives")
+COMPUTED = ("visual", "valid", "ordinal", "count", "quota", "present", "project")
 """Names in ``reads`` that are no values of the graph."""
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
@@ -53,8 +53,7 @@ class TokenDrop(Pass):
     - ``ordinal``: number of each visual token among its sample's, int64 ``[batch, tokens]``;
     - ``count``: the most visual tokens that any sample keeps, an int;
     - ``quota``, ``present``: how many each sample keeps, and has, int64 ``[batch, 1]``;
-    - ``derivatives``: :meth:`~vlmopt.rewrite.projector.Projector.derivatives` of features and
-      directions, where :meth:`projector` gives a projector;
+    - ``project``: the :class:`~vlmopt.rewrite.projector.Projector` that :meth:`projector` gives;
     - ``history``: sum of ``layer_score`` over ``scored_layers()``, float32 ``[batch, tokens]``.
 
     A method with ``merges`` also gives ``merge``; one with ``layer_reads`` gives ``layer_score``,
@@ -129,7 +128,9 @@ class TokenDrop(Pass):
         return values[name]
 
     def projector(self, program: Program, entry: fx.Node) -> Projector | None:
-        """The projector, where merging happens in front of it: on ``encoded_features``.
+        """The projector, for a method that reads ``project``, or that merges in front of it.
+
+        Merging then happens on ``encoded_features``.
 
         Args:
             entry: what enters the layer of the cut.
@@ -293,7 +294,7 @@ class TokenDrop(Pass):
         if self.merges and "hidden" not in names:
             names.append("hidden")
         projector = self.projector(program, site.hidden)
-        if projector is not None and "encoded_features" not in names:
+        if self.merges and projector is not None and "encoded_features" not in names:
             names.append("encoded_features")
 
         def read(emit: Emitter, modality: fx.Node) -> list[fx.Node]:
@@ -346,7 +347,7 @@ class TokenDrop(Pass):
             "count": lambda: max(site.quotas),
             "quota": quota,
             "present": lambda: visual.sum(1, keepdim=True),
-            "derivatives": lambda: project.derivatives,  # type: ignore[union-attr]
+            "project": lambda: project,
         }
         values = [given[name] if name in given else computed[name]() for name in self.reads]
         own = self.score(*values).float()

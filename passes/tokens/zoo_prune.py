@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
+from vlmopt.pipeline.passes import PassContext, PassResult
 from vlmopt.program import Program
 from vlmopt.rewrite.projector import Projector, find_projector
 
@@ -21,11 +21,14 @@ from vlmopt.rewrite.projector import Projector, find_projector
 class ZooPrune(TokenDrop):
     """Keep visual tokens by sensitivity of the projector times distance, picked greedily.
 
-    A token's sensitivity is how far its projection moves when what enters the projector moves along
-    random unit vectors, the same for all tokens: the mean norm of the derivative, which the paper
-    estimates by finite differences and which is computed exactly here. First the most sensitive
-    token is picked, then always the one of largest product of its sensitivity (scaled to 0 to 1)
-    and its cosine distance, as an embedding, to those picked. Needs no attention.
+    A token's sensitivity is how far its projection moves when what enters the projector's first
+    linear layer moves along random unit vectors, the same for all tokens: the mean norm of the
+    derivative, which the paper estimates by finite differences and which is computed exactly here.
+    Where patches are merged into one token, side by side or by pooling, the merged vector moves.
+    First the most sensitive token is picked, then always the one of largest product of its
+    sensitivity (scaled to 0 to 1) and its cosine distance, as an embedding, to those picked. A
+    projector that is one linear layer is equally sensitive everywhere: then only distance counts.
+    Needs no attention.
 
     Reference: "ZOO-Prune: Training-Free Token Pruning via Zeroth-Order Gradient Estimation in
     Vision-Language Models", arXiv 2509.24837.
@@ -34,7 +37,7 @@ class ZooPrune(TokenDrop):
     name = "zoo-prune"
     example = "zoo-prune{keep=64}"
     reference = "arXiv 2509.24837"
-    reads = ("encoded_features", "hidden", "valid", "count", "derivatives")
+    reads = ("encoded_rows", "hidden", "valid", "count", "project")
     compact = True
     needs_capture = True
 
@@ -50,31 +53,30 @@ class ZooPrune(TokenDrop):
     def projector(self, program: Program, entry: fx.Node) -> Projector:
         return find_projector(program)
 
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        if find_projector(program).is_linear:
+            ctx.remark("the projector is linear: tokens are chosen by distance alone")
+        return super().run(program, ctx)
+
     def score(  # type: ignore[override]
-        self,
-        features: Tensor,
-        hidden: Tensor,
-        valid: Tensor,
-        count: int,
-        derivatives: Callable[[Tensor, Tensor], Tensor],
+        self, rows: Tensor, hidden: Tensor, valid: Tensor, count: int, project: Projector
     ) -> Tensor:
         """Earlier picks score higher.
 
         Args:
-            features: what enters the projector, ``[batch, visual tokens, width]``.
+            rows: what makes a token each, ``[batch, visual tokens, width]``.
             hidden: embeddings, ``[batch, visual tokens, width of the language model]``.
             valid: bool ``[batch, visual tokens]``.
             count: picks.
-            derivatives: of the projector, see :meth:`Projector.derivatives`.
+            project: what makes tokens of rows.
 
         Returns:
             float32 ``[batch, visual tokens]``.
         """
-        unit = unit_vectors(self.directions, features.shape[-1], self.seed).to(features.device)
-        sensitivity = derivatives(features, unit)
+        unit = unit_vectors(self.directions, project.width, self.seed).to(rows.device)
+        sensitivity = project.derivatives(rows, unit)
         start = sensitivity.masked_fill(~valid, -1.0).argmax(-1)
         weight = select.min_max(sensitivity, valid)
-        # a linear projector is equally sensitive everywhere: then only distance counts
         weight = torch.where((weight.amax(-1, keepdim=True) > 0), weight, 1.0)
         picks = farthest_point(hidden, valid, weight, start, count, "cosine")
         return select.by_order(picks, hidden.shape[1])

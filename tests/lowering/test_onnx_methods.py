@@ -52,6 +52,20 @@ def test_a_method_in_onnx_runtime(pipeline: str, programs: Any, tmp_path: Path) 
     assert len(kept) == len(program["language_model"].cuts)
 
 
+@pytest.mark.parametrize(
+    ("family", "giving"), [("qwen2_5_vl", "vision_encoder"), ("aya_vision", "projector")]
+)
+def test_rows_of_a_merger_in_onnx_runtime(
+    family: str, giving: str, programs: Any, tmp_path: Path
+) -> None:
+    """The stage that merges patches gives them, the language model takes derivatives."""
+    program = captured(programs, family)
+    run_pipeline(program, "zoo-prune{keep=0.5 directions=6}")
+    report = export_program(program, tmp_path / "out", stages=[giving, "language_model"])
+    assert report.errors[giving]["encoded_rows"] <= 1e-5
+    assert report.errors["language_model"]["kept_1"] == 0
+
+
 def test_a_long_greedy_selection_is_refused(tmp_path: Path) -> None:
     model = zoo.build("llava", layers=2)
     inputs = zoo.inputs("llava", batch=1)

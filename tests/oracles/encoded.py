@@ -6,8 +6,11 @@ gradients in the product.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,19 +118,22 @@ def _smolvlm(model: Any, blocks: list[list[Any]]) -> list[list[Any]]:
 def _qwen2_5_vl(model: Any, blocks: list[list[Any]]) -> list[list[Any]]:
     rows = [patch for call in blocks[-1] for image in received(call, None) for patch in image]
     groups = [rows[at : at + 4] for at in range(0, len(rows), 4)]
-    # images of 8 x 8 patches, 4 x 4 tokens, in windows of 2 x 2 tokens
-    order = [
+    tokens: list[Any] = [None] * len(groups)
+    for group, token in zip(groups, _windows(len(groups)), strict=True):
+        tokens[token] = group
+    return tokens
+
+
+def _windows(tokens: int) -> list[int]:
+    """Images of 8 x 8 patches, 4 x 4 tokens, in windows of 2 x 2 tokens: the token in each place."""
+    return [
         image * 16 + (2 * wy + y) * 4 + 2 * wx + x
-        for image in range(len(groups) // 16)
+        for image in range(tokens // 16)
         for wy in (0, 1)
         for wx in (0, 1)
         for y in (0, 1)
         for x in (0, 1)
     ]
-    tokens: list[Any] = [None] * len(groups)
-    for group, token in zip(groups, order, strict=True):
-        tokens[token] = group
-    return tokens
 
 
 PATCHES = {"llava": _llava, "gemma3": _gemma3, "smolvlm": _smolvlm, "qwen2_5_vl": _qwen2_5_vl}
@@ -227,27 +233,116 @@ def score(encoded: Encoded, keep: Keep, alpha: float) -> Choose:
     return imposed
 
 
-def zoo_prune(encoded: Encoded, keep: Keep, directions: torch.Tensor, step: float) -> Choose:
-    """By central differences in float64, as the paper has it."""
+class Entering:
+    """What enters the first linear layer behind all merging of patches.
 
+    Attributes:
+        rows: float64 ``[visual tokens, width]``, one tensor per sample, in the order of the prompt.
+        project: what makes tokens of such rows, in float64.
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any], family: str) -> None:
+        tail = TAILS[family]
+        seen: list[torch.Tensor] = []
+
+        def watch(module: Any, args: Any, output: Any) -> None:
+            seen.append(output if tail.behind else args[0])
+
+        handle = model.get_submodule(tail.watched).register_forward_hook(watch)
+        with torch.no_grad():
+            model(**inputs)
+        handle.remove()
+        (rows,) = seen
+        rows = rows.reshape(-1, rows.shape[-1]).double()
+        if family == "qwen2_5_vl":
+            tokens = sorted(range(len(rows)), key=_windows(len(rows)).__getitem__)
+            rows = rows[tokens]
+        self.rows = list(rows.chunk(len(inputs["input_ids"])))
+        whole = copy.deepcopy(model.get_submodule(tail.module)).double()
+        self.project: Callable[[torch.Tensor], torch.Tensor] = partial(tail.project, whole)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Where rows are watched, and what is made of them.
+
+    Attributes:
+        watched, module: paths.
+        project: ``(module, rows) -> tokens``.
+        behind: what leaves the watched module, not what enters it.
+    """
+
+    watched: str
+    module: str
+    project: Callable[[Any, torch.Tensor], torch.Tensor]
+    behind: bool = False
+
+
+def _called(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    tokens: torch.Tensor = module(rows)
+    return tokens
+
+
+def _two_layers(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    tokens: torch.Tensor = module.linear_2(module.act(module.linear_1(rows)))
+    return tokens
+
+
+def _two_layers_qwen3(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    tokens: torch.Tensor = module.linear_fc2(module.act_fn(module.linear_fc1(rows)))
+    return tokens
+
+
+def _gated(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    value, gate = module.linear_1(rows).chunk(2, dim=-1)
+    tokens: torch.Tensor = module.linear_2(module.act(gate) * value)
+    return tokens
+
+
+def _matrix(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    tokens: torch.Tensor = rows @ module.mm_input_projection_weight
+    return tokens
+
+
+_PROJECTOR = "model.multi_modal_projector"
+TAILS = {
+    "llava": Tail(_PROJECTOR, _PROJECTOR, _called),
+    "internvl": Tail(f"{_PROJECTOR}.linear_1", _PROJECTOR, _two_layers),
+    "aya_vision": Tail(f"{_PROJECTOR}.linear_1", _PROJECTOR, _gated),
+    "gemma3": Tail(f"{_PROJECTOR}.mm_soft_emb_norm", _PROJECTOR, _matrix, behind=True),
+    "smolvlm": Tail(*["model.connector.modality_projection"] * 2, _called),
+    "qwen2_vl": Tail(*["model.visual.merger.mlp"] * 2, _called),
+    "qwen2_5_vl": Tail(*["model.visual.merger.mlp"] * 2, _called),
+    "qwen3_vl": Tail("model.visual.merger.linear_fc1", "model.visual.merger", _two_layers_qwen3),
+}
+
+
+def sensitivity(
+    entering: Entering, sample: int, directions: torch.Tensor, step: float
+) -> torch.Tensor:
+    """By central differences in float64, as the paper has it: one number per visual token."""
+    rows = entering.rows[sample]
+    with torch.no_grad():
+        moved = [
+            (entering.project(rows + step * one) - entering.project(rows - step * one)) / (2 * step)
+            for one in directions.double()
+        ]
+    return torch.stack([each.norm(dim=-1) for each in moved]).mean(0)
+
+
+def zoo_prune(entering: Entering, keep: Keep, directions: torch.Tensor, step: float) -> Choose:
     def imposed(recorded: Recorded, layer: int) -> Choice:
-        def choose(sample: int, count: int) -> tuple[list[int], dict[int, list[int]]]:
-            assert encoded.features is not None
-            rows = encoded.features[sample].double()
-            project = encoded.project.double()
-            with torch.no_grad():
-                moved = [
-                    (project(rows + step * one) - project(rows - step * one)) / (2 * step)
-                    for one in directions.double()
-                ]
-            encoded.project.float()
-            sensitivity = torch.stack([each.norm(dim=-1) for each in moved]).mean(0)
-            low, high = sensitivity.min(), sensitivity.max()
-            weight = ((sensitivity - low) / (high - low)).tolist()
+        stays = recorded.present.clone()
+        for sample in range(len(stays)):
+            slots = torch.nonzero(recorded.visual[sample])[:, 0]
+            found = sensitivity(entering, sample, directions, step)
+            low, high = found.min(), found.max()
+            equal = bool(high - low <= 1e-6 * high)
+            weight = torch.ones_like(found) if equal else (found - low) / (high - low)
+            start = 0 if equal else _ranked(found.tolist())[0]
             own = recorded.hidden[layer][sample][recorded.visual[sample]]
-            start = _ranked(sensitivity.tolist())[0]
-            return _greedy(own, weight, start, keep(count, count)), {}
-
-        return _imposed(encoded, choose)(recorded, layer)
+            kept = _greedy(own, weight.tolist(), start, keep(len(slots), len(slots)))
+            stays[sample, slots] = torch.tensor([at in kept for at in range(len(slots))])
+        return Choice(layer, stays)
 
     return imposed

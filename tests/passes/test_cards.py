@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -268,6 +269,17 @@ class TestScore:
         assert sorted(score[0].tolist()) == [1, 2, 3, 4]
 
 
+@dataclass
+class Sensitivity:
+    """Stands in for a projector."""
+
+    found: list[float]
+    width: int = 3
+
+    def derivatives(self, rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([self.found])
+
+
 class TestZooPrune:
     def picked(self, sensitivity: list[float], rows: list[list[float]], count: int) -> list[float]:
         found = ZooPrune(directions=2).score(
@@ -275,7 +287,7 @@ class TestZooPrune:
             torch.tensor([rows]),
             every(1, len(rows)),
             count,
-            lambda features, directions: torch.tensor([sensitivity]),
+            Sensitivity(sensitivity),  # type: ignore[arg-type]
         )
         return found[0].tolist()
 

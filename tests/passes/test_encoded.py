@@ -47,10 +47,6 @@ CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
         ],
     ),
     "score": ("score{keep=0.5}", lambda found: [(0, encoded.score(found, half, 0.8))]),
-    "zoo-prune": (
-        "zoo-prune{keep=0.5 directions=6}",
-        lambda found: [(0, encoded.zoo_prune(found, half, unit_vectors(6, 32, 0), 1e-4))],
-    ),
     "composed": (
         "visionzip{keep=0.5 context=0.25} | fastv{layers=2 keep=0.5}",
         lambda found: [(0, encoded.visionzip(found, half, 0.25)), (2, methods.fastv(half))],
@@ -59,8 +55,8 @@ CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
 FAMILIES = dict.fromkeys(CASES, ("llava", "qwen2_5_vl")) | {
     "visionzip": ("llava", "gemma3", "smolvlm", "qwen2_5_vl"),
     "score": ("llava", "gemma3", "smolvlm", "qwen2_5_vl"),
-    "zoo-prune": ("llava",),
 }
+ZOO_PRUNE = "zoo-prune{keep=0.5 directions=6}"
 
 
 @pytest.mark.parametrize(
@@ -74,9 +70,21 @@ def test_a_method_equals_its_eager_reference(method: str, family: str) -> None:
     check(model, inputs, text, ReducedOracle(model, inputs, visual, plan(found)))
 
 
-@pytest.mark.parametrize("method", ["visionzip", "duet-vlm", "score", "zoo-prune"])
-def test_a_batch_equals_its_samples(method: str) -> None:
-    text, _ = CASES[method]
+@pytest.mark.parametrize("family", encoded.TAILS)
+def test_zoo_prune_equals_finite_differences(family: str) -> None:
+    """The projector bends or is linear, is a stage or the end of the encoder."""
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
+    entering = encoded.Entering(model, inputs, family)
+    directions = unit_vectors(6, entering.rows[0].shape[-1], 0)
+    plan: Plan = [(0, encoded.zoo_prune(entering, half, directions, 1e-4))]
+    visual = inputs["input_ids"] == zoo.IMAGE
+    check(model, inputs, ZOO_PRUNE, ReducedOracle(model, inputs, visual, plan), tokens=8)
+
+
+@pytest.mark.parametrize(
+    "text", [*(CASES[name][0] for name in ("visionzip", "duet-vlm", "score")), ZOO_PRUNE]
+)
+def test_a_batch_equals_its_samples(text: str) -> None:
     model, inputs = zoo.build("llava"), zoo.inputs("llava", batch=2, text=(6, 6))
     with torch.no_grad():
         together = vlmopt.optimize(model, inputs, text, backend="eager")(**inputs).logits
@@ -150,12 +158,6 @@ def test_without_weights_nothing_is_followed() -> None:
     program = vlmopt.capture(model, zoo.inputs("llava"))
     with pytest.raises(PreconditionError, match="capture needs weights to find out"):
         run_pipeline(program, "visionzip{keep=0.5}")
-
-
-def test_a_projector_that_mixes_rows_has_no_derivative_by_row() -> None:
-    program = vlmopt.capture(zoo.build("smolvlm"), zoo.inputs("smolvlm"))
-    with pytest.raises(PreconditionError, match="no projector that makes one token of each row"):
-        run_pipeline(program, "zoo-prune{keep=0.5}")
 
 
 def test_both_stages_at_one_layer_are_refused() -> None:

@@ -28,12 +28,15 @@ aten = torch.ops.aten
 FEATURES = "features"
 """What enters the projector: no output of the encoder, the runtime takes it from there."""
 
+ROWS = "rows"
+"""What makes one token each, where it lies inside a stage; see :func:`give_rows`."""
+
 PIXELS = "pixels"
 """Pixels of the patches that a token is made of: of the encoder's input."""
 
 
 def encoding_of(program: Program) -> dict[str, Any]:
-    """What capture found between encoder and prompt: facts ``block``, ``rows``, ``projector``.
+    """What capture found between encoder and prompt, see :func:`~vlmopt.encoding.describe_encoding`.
 
     Raises:
         PreconditionError: nothing, and why.
@@ -62,7 +65,7 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
     """The input of the language model that holds a value of the encoder, made if need be.
 
     Args:
-        name: ``attention``, ``keys``, ``features`` or ``pixels``.
+        name: ``attention``, ``keys``, ``features``, ``rows`` (once given) or ``pixels``.
 
     Returns:
         Its placeholder: float32 ``[batch, tokens]`` or ``[batch, tokens, width]`` over the whole
@@ -82,6 +85,9 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
             )
         entering = program["projector"].inputs[0]
         width = tuple(program["projector"].placeholder(entering).meta["val"].shape[-1:])
+    elif name == ROWS:
+        source = program[facts["tokens"]["stage"]]
+        width = tuple(source.output_node(port).meta["val"].shape[-1:])
     elif name == PIXELS:
         width = (_pixels_of_token(facts),)
     else:
@@ -95,6 +101,26 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
     ctx.stamp(node, 1)
     stage.inputs = (*stage.inputs, Port(node.name, Role.ENCODED))
     return node
+
+
+def give_rows(stage: Stage, rows: fx.Node, order: fx.Node | None, ctx: PassContext) -> None:
+    """Let a stage give ``rows`` as ``encoded_rows`` too: ``[..., width]``, one for each token.
+
+    Args:
+        order: an operator that brings rows such as these into another order, if they are to be.
+    """
+    port = f"encoded_{ROWS}"
+    if any(known.name == port for known in stage.outputs):
+        return
+    output = stage.graph.output_node()
+    if order is not None:
+        emit = Emitter.of_pass(ctx, stage, order, "encoded")
+        with stage.graph.inserting_before(output):
+            rows = emit.call(order.target, rows, *order.args[1:], name="rows")
+    output.args = ((*output.args[0], rows),)  # type: ignore[misc]
+    stage.outputs = (*stage.outputs, Port(port, Role.ENCODED))
+    stage.graph.lint()
+    stage.graph_module.recompile()
 
 
 def _pixels_of_token(facts: dict[str, Any]) -> int:

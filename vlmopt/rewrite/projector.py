@@ -1,17 +1,21 @@
-"""The projector inside the language model: rows that were merged before it must go through it."""
+"""What makes one token of each row: the end of the way from the vision encoder to the prompt."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
-from vlmopt.errors import PreconditionError, UnsupportedOperatorError
+from vlmopt.analysis.layers import find_layers
+from vlmopt.analysis.row_axes import PRODUCTS, VIEWS, RowAxes, last_rows, part_behind
+from vlmopt.errors import PreconditionError
+from vlmopt.graph.reach import reached, users
 from vlmopt.program import Program, Role, Stage, attach_attr, fetch_attr
+from vlmopt.rewrite.derivatives import derivative_of, is_linear
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.encoded import encoding_of
 
@@ -19,7 +23,7 @@ aten = torch.ops.aten
 
 
 def projector_before(program: Program, entry: fx.Node) -> Projector | None:
-    """The projector whose output a value holds as it is, if there is one; see ``find_projector``.
+    """The projector whose output a value holds as it is, where it takes one row for each token.
 
     Args:
         entry: what enters a layer of the language model.
@@ -28,33 +32,54 @@ def projector_before(program: Program, entry: fx.Node) -> Projector | None:
     if entry.op != "placeholder" or all(port.name != entry.name for port in ports):
         return None
     try:
-        return find_projector(program)
+        projector = find_projector(program)
     except PreconditionError:
         return None
+    return projector if projector.is_whole else None
 
 
 class Projector:
-    """A projector that makes one token of each row, as a function of rows.
+    """What makes one token of each row, as a function of rows.
 
     Attributes:
+        stage: what it is the end of: ``projector``, or ``vision_encoder`` where patches are merged
+            and projected in there.
+        entry: the value of that stage that holds the rows, behind all that merges patches.
+        order: the operator that brings the tokens made of them into another order, if one does.
         weights: paths of its weights in its stage, in order; :meth:`with_weights` binds them.
     """
 
-    def __init__(self, stage: Stage, given: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        entry: fx.Node,
+        graph: fx.Graph,
+        order: fx.Node | None = None,
+        given: Sequence[Tensor] = (),
+    ) -> None:
         self.stage = stage
+        self.entry = entry
+        self.order = order
+        self.graph = graph
         self.given = given
-        self.weights = [str(n.target) for n in stage.graph.find_nodes(op="get_attr")]
+        self.weights = [str(n.target) for n in graph.find_nodes(op="get_attr")]
+
+    @cached_property
+    def _axes(self) -> RowAxes:
+        return RowAxes(self.graph)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the stage ``projector``."""
+        return self.stage.name == "projector" and self.entry.op == "placeholder"
 
     def in_stage(self, stage: Stage, emit: Emitter) -> list[fx.Node]:
         """Its weights as nodes of another stage, which shares them, at the insertion point."""
         nodes = []
-        for path in self.weights:
-            name = f"projector.{path}"
-            tensor = fetch_attr(self.stage.graph_module, path)
+        for source in self.graph.find_nodes(op="get_attr"):
+            name = f"projector.{source.target}"
+            tensor = fetch_attr(self.stage.graph_module, str(source.target))
             attach_attr(stage.graph_module, name, tensor)
-            source = next(
-                node for node in self.stage.graph.find_nodes(op="get_attr") if node.target == path
-            )
             node = emit.graph.get_attr(name)
             val = source.meta["val"]
             with emit.fake_mode:
@@ -64,21 +89,52 @@ class Projector:
 
     def with_weights(self, weights: Sequence[Tensor]) -> Projector:
         """The same, with the values of :attr:`weights`."""
-        return Projector(self.stage, weights)
+        return Projector(self.stage, self.entry, self.graph, self.order, weights)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """``[batch, rows, width]`` to ``[batch, rows, width of the language model]``."""
-        return self._run(rows)[0]
+        (out,) = self.graph.output_node().all_input_nodes
+        value: Tensor = self._values(rows)[out]
+        return value.reshape(*rows.shape[:-1], value.shape[-1])
+
+    @cached_property
+    def moving(self) -> fx.Node:
+        """The value by which :meth:`derivatives` are taken, a node of :attr:`graph`.
+
+        It is what enters the first product with a weight; or, where that is not all that the result
+        depends on, the last value before with one row for each token that is.
+        """
+        axes = self._axes
+        (out,) = self.graph.output_node().all_input_nodes
+        found = self.graph.find_nodes(op="placeholder")[0]
+        for node in self.graph.nodes:
+            if node.target in PRODUCTS and node.args[PRODUCTS[node.target]] in axes.labels:
+                break
+            if node in axes.labels and axes.is_row(node) and part_behind(node, out) is not None:
+                found = node
+        return found
+
+    @property
+    def width(self) -> int:
+        """Width of the rows of :attr:`moving`."""
+        return int(self.moving.meta["val"].shape[-1])
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether :meth:`derivatives` are the same for all rows."""
+        below = reached([self.moving], users) & self._axes.labels.keys()
+        return all(node is self.moving or is_linear(node, below) for node in below)
 
     def derivatives(self, rows: Tensor, directions: Tensor) -> Tensor:
         """How far projections move as rows move: norms of ``J(row) direction``.
 
-        Exact, by forward differentiation; a few directions at a time, so that not all of them
-        times all rows are held at once.
+        Exact, by forward differentiation from :attr:`moving` on; a few directions at a time, so
+        that not all of them times all rows are held at once. Where the projector is linear from
+        there on, all rows get the same, to the bit.
 
         Args:
             rows: ``[batch, rows, width]``.
-            directions: ``[directions, width]``.
+            directions: ``[directions, width]``, of the values that move.
 
         Returns:
             float32 ``[batch, rows]``, the mean over directions.
@@ -86,152 +142,97 @@ class Projector:
         Raises:
             PreconditionError: the projector has an operator whose derivative is not known here.
         """
-        total = torch.zeros_like(rows[..., 0], dtype=torch.float32)
+        (out,) = self.graph.output_node().all_input_nodes
+        values = self._values(rows)
+        total = torch.zeros(1, dtype=torch.float32, device=rows.device)
         for some in directions.split(_AT_ONCE):
-            start = some[:, None, None].to(rows.dtype).expand(-1, *rows.shape)
-            _, moved = self._run(rows, start)
+            moved = self._tangents(values, some)[out]
             total = total + moved.float().norm(dim=-1).sum(0)
-        return total / len(directions)
+        return (total / len(directions)).expand(values[out].shape[:-1]).reshape(rows.shape[:-1])
 
-    def _run(self, rows: Tensor, tangent: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Value and tangent of the result; a tangent has one dimension more, for directions."""
-        values: dict[fx.Node, Any] = {}
-        tangents: dict[fx.Node, Tensor] = {}
+    def _values(self, rows: Tensor) -> dict[fx.Node, Any]:
+        """All that the graph computes of ``rows``."""
+        sizes = self._axes.sizes(rows.shape[:-1])
         given = iter(self.given)
         dtype = next((weight.dtype for weight in self.given), rows.dtype)
-        for node in self.stage.graph.nodes:
+        values: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes:
             if node.op == "placeholder":
-                values[node] = rows.to(dtype)
-                if tangent is not None:
-                    tangents[node] = tangent.to(dtype)
+                values[node] = rows.to(dtype).reshape(self._axes.shape(node, sizes))
             elif node.op == "get_attr":
                 values[node] = next(given)
-            elif node.op == "output":
-                (result,) = node.args[0]
-                return values[result], tangents.get(result, values[result])
-            else:
+            elif node.op == "call_function":
                 args = fx.map_arg(node.args, values.__getitem__)
                 kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+                if node.target in VIEWS and node in self._axes.labels:
+                    args = (args[0], self._axes.shape(node, sizes))
                 values[node] = node.target(*args, **kwargs)
-                if tangents.keys() & set(node.all_input_nodes):
-                    moved = [tangents.get(x) if isinstance(x, fx.Node) else None for x in node.args]
-                    tangents[node] = _derivative(node)(moved, args, kwargs)
-        raise AssertionError("a graph ends with its output")
+        return values
+
+    def _tangents(self, values: dict[fx.Node, Any], directions: Tensor) -> dict[fx.Node, Any]:
+        """How they move along ``directions``, ``[directions, *shape]`` each.
+
+        What is the same for all rows is there once: 1 long.
+        """
+        lead = [1] * (values[self.moving].ndim - 1)
+        start = directions.to(values[self.moving].dtype).reshape(len(directions), *lead, -1)
+        tangents: dict[fx.Node, Any] = {self.moving: start}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and tangents.keys() & set(node.all_input_nodes):
+                args = fx.map_arg(node.args, values.__getitem__)
+                kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+                moved = pytree.tree_map(
+                    lambda arg: tangents.get(arg) if isinstance(arg, fx.Node) else None,
+                    tuple(node.args),
+                )
+                if node.target in VIEWS:
+                    args = (args[0], values[node].shape)
+                tangents[node] = derivative_of(node)(moved, args, kwargs)
+        return tangents
 
 
 def find_projector(program: Program) -> Projector:
     """The projector of a program.
 
+    It is what leads from the vision encoder to the tokens, from behind the last operator on that
+    gives to a token what does not stand in one row: a merger of patches, or pooling.
+
     Raises:
-        PreconditionError: it has none that makes one token of each row that enters it, so that
-            rows could be put through it one by one.
+        PreconditionError: nothing that does so is part of a stage.
     """
-    facts = encoding_of(program)
+    facts = encoding_of(program).get("tokens")
     hint = "use a pass that reads the language model only"
-    if facts["projector"] is None:
+    if facts is None:
         raise PreconditionError(
-            "this model has no projector that makes one token of each row of its own", hint=hint
+            "tokens of the prompt are no rows that leave the vision encoder, or its projector, as "
+            "they are",
+            hint=hint,
         )
-    stage = program["projector"]
-    start = stage.placeholder(stage.inputs[0])
-    val = start.meta["val"]
-    if len(stage.inputs) != 1 or val.ndim != 3:
-        raise PreconditionError("the projector takes more than rows of features", hint=hint)
-    batch, tokens, width = (int(size) for size in val.shape)
-    dims: Dims = ((B,) if batch != 1 else (1,), (T,), (width,))
-    try:
-        axes = follow_tokens(
-            stage.graph, {start: dims}, tokens=tokens, batch=None if batch == 1 else batch
-        )
-    except UnsupportedOperatorError as error:
-        raise PreconditionError(f"the projector mixes rows: {error}", hint=hint) from error
-    out = stage.output_node(stage.outputs[0])
-    if axes.dims.get(out, ())[:2] != dims[:2] or axes.frontier:
-        raise PreconditionError("the projector mixes rows", node=out, hint=hint)
-    return Projector(stage)
+    stage = program[facts["stage"]]
+    out = stage.output_node(facts["output"])
+    order = out if _reorders_rows(out) else None
+    made = out if order is None else order.all_input_nodes[0]
+    blocks = find_layers(stage).of if stage.name == "vision_encoder" else ()
+    found = [*last_rows(stage, made, blocks)]
+    for entry, graph in reversed(found):
+        if any(node.target in PRODUCTS for node in graph.nodes):
+            if order is None or entry.meta["val"].ndim == made.meta["val"].ndim:
+                return Projector(stage, entry, graph, order)
+    raise PreconditionError(
+        f"no linear layer of stage {stage.name} makes a token of one row",
+        node=out,
+        hint=hint,
+    )
+
+
+def _reorders_rows(node: fx.Node) -> bool:
+    """Whether an operator reads rows ``[rows, width]`` by number, such as those of windows."""
+    if node.target is not aten.index.Tensor:
+        return False
+    rows: Any = node.args[0]
+    numbers: Any = node.args[1]
+    return rows.meta["val"].ndim == 2 and len(numbers) == 1
 
 
 _AT_ONCE = 8
 """Directions of which derivatives are held at a time."""
-
-
-def _derivative(node: fx.Node) -> Callable[..., Tensor]:
-    rule = _RULES.get(node.target)
-    if rule is None:
-        raise PreconditionError(
-            f"the derivative of {node.target}, an operator of the projector, is not known here",
-            node=node,
-            hint="use a pass that needs no derivative, for example divprune or score",
-        )
-    return rule
-
-
-def _of_linear(moved: Any, args: Any, kwargs: Any) -> Tensor:
-    return torch.nn.functional.linear(moved[0], args[1])
-
-
-def _of_layer_norm(moved: Any, args: Any, kwargs: Any) -> Tensor:
-    value, weight = args[0].float(), args[2] if len(args) > 2 else None
-    centred = value - value.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + (args[4:] or [1e-5])[0])
-    unit = centred * inverse
-    turned = moved[0].float() - moved[0].float().mean(-1, keepdim=True)
-    turned = (turned - unit * (unit * turned).mean(-1, keepdim=True)) * inverse
-    turned = turned.to(moved[0].dtype)
-    return turned if weight is None else turned * weight
-
-
-def _of_sum(moved: Any, args: Any, kwargs: Any) -> Tensor:
-    first, second = moved[:2]
-    if first is None or second is None:
-        return second if first is None else first  # type: ignore[no-any-return]
-    return first + second  # type: ignore[no-any-return]
-
-
-def _of_product(moved: Any, args: Any, kwargs: Any) -> Tensor:
-    parts = [m * other for m, other in zip(moved, reversed(args), strict=True) if m is not None]
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # type: ignore[no-any-return]
-
-
-def _of_each(slope: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def rule(moved: Any, args: Any, kwargs: Any) -> Tensor:
-        return moved[0] * slope(*args, **kwargs)  # type: ignore[no-any-return]
-
-    return rule
-
-
-def _gelu_slope(x: Tensor, approximate: str = "none") -> Tensor:
-    if approximate == "none":
-        density = torch.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
-        return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * density
-    inner = (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)
-    bent = torch.tanh(inner)
-    slope = (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * x * x)
-    return 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * slope
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    share = torch.sigmoid(x)
-    return share * (1 + x * (1 - share))
-
-
-_SAME = {
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.dropout.default,
-}
-
-_RULES: dict[Any, Callable[..., Tensor]] = {
-    aten.linear.default: _of_linear,
-    aten.layer_norm.default: _of_layer_norm,
-    aten.add.Tensor: _of_sum,
-    aten.mul.Tensor: _of_product,
-    aten.gelu.default: _of_each(_gelu_slope),
-    aten.silu.default: _of_each(_silu_slope),
-    aten.relu.default: _of_each(lambda x: (x > 0).to(x.dtype)),
-    aten.sigmoid.default: _of_each(lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x))),
-    aten.tanh.default: _of_each(lambda x: 1 - torch.tanh(x).square()),
-    **dict.fromkeys(_SAME, lambda moved, args, kwargs: moved[0]),
-}
-"""``(tangents of the arguments or None, arguments, keyword arguments) -> tangent``."""

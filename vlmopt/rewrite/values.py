@@ -19,8 +19,9 @@ from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program, Role, Stage, fetch_attr
 from vlmopt.rewrite.emit import Emitter
-from vlmopt.rewrite.encoded import encoded_input, encoding_of
+from vlmopt.rewrite.encoded import encoded_input, encoding_of, give_rows
 from vlmopt.rewrite.positions import carries_positions
+from vlmopt.rewrite.projector import find_projector
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 
 aten = torch.ops.aten
@@ -349,6 +350,16 @@ def _features_or_hidden(values: CutValues) -> fx.Node:
     return values["hidden" if projector is None else "encoded_features"]
 
 
+def _rows_of_tokens(values: CutValues) -> fx.Node:
+    assert values.program is not None
+    projector = find_projector(values.program)
+    if projector.is_whole:  # they enter the stage
+        return values["encoded_features"]
+    assert values.ctx is not None
+    give_rows(projector.stage, projector.entry, projector.order, values.ctx)
+    return encoded("rows")(values)
+
+
 def _rows_kept(whole: Tensor, kept: Tensor) -> Tensor:
     index = kept.clamp(min=0).view(*kept.shape, *[1] * (whole.ndim - 2))
     return whole.gather(1, index.expand(*kept.shape, *whole.shape[2:]))
@@ -401,6 +412,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "encoded_attention": encoded("attention"),
     "encoded_keys": encoded("keys"),
     "encoded_features": encoded("features"),
+    "encoded_rows": _rows_of_tokens,
     "encoded_pixels": encoded("pixels"),
     "encoded_features_or_hidden": _features_or_hidden,
 }
@@ -420,6 +432,8 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
   heads and over the patches of a token, float32 ``[batch, tokens]``;
 - ``encoded_keys``: keys of that block, mean over heads and patches, float32;
 - ``encoded_features``: what the projector makes a token of, float32;
+- ``encoded_rows``: what makes one token each, behind all that merges patches, float32; see
+  :func:`~vlmopt.rewrite.projector.find_projector`;
 - ``encoded_pixels``: pixels of a token's patches, float32;
 - ``encoded_features_or_hidden``: the same, or ``hidden`` where tokens are made of several rows;
 - ``text_mean``: mean of the residual stream over all text, float32 ``[batch, width]``.

@@ -14,17 +14,21 @@ from transformers.exporters.utils import precompute_export_inputs
 from vlmopt.encoding import mean_by_token, name_of, named_tensors, pixels_by_token
 from vlmopt.errors import PreconditionError
 from vlmopt.program import Program, Role, Stage
-from vlmopt.rewrite.encoded import FEATURES, PIXELS
+from vlmopt.rewrite.encoded import FEATURES, PIXELS, ROWS
 
 Compile = Callable[[Stage], Callable[..., tuple[Tensor, ...]]]
 
 
 class EncoderStage:
-    """The rewritten stage in place of the module's own forward pass."""
+    """The rewritten stage in place of the module's own forward pass; the projector's too."""
 
     def __init__(self, program: Program, compile_stage: Compile) -> None:
         self.stage = program["vision_encoder"]
         self._run = compile_stage(self.stage)
+        self._project: Callable[..., tuple[Tensor, ...]] | None = None
+        if "projector" in program and program["projector"].find_outputs(Role.ENCODED):
+            self.projector = program["projector"]
+            self._project = compile_stage(self.projector)
         self.wanted = [
             port.name.removeprefix("encoded_")
             for port in program["language_model"].find_inputs(Role.ENCODED)
@@ -32,7 +36,7 @@ class EncoderStage:
         routes = self.stage.facts.get("encoding", {})
         self._tokens = {
             name: torch.tensor(routes[name]["tokens"])
-            for name in ("rows", "projector")
+            for name in ("rows", "projector", "tokens")
             if routes.get(name)
         }
         self._pixels = routes.get("pixels")
@@ -54,22 +58,27 @@ class EncoderStage:
         with torch.no_grad():
             precompute_export_inputs(module, inputs)
         values = dict(named_tensors(inputs))
-        for port in self.stage.inputs:
-            wanted = tuple(self.stage.placeholder(port).meta["val"].shape)
-            found = values.get(port.name)
-            if found is None or tuple(found.shape) != wanted:
-                raise PreconditionError(
-                    f"the vision encoder was captured with {port.name} {list(wanted)}, and is "
-                    f"called with {None if found is None else list(found.shape)}",
-                    hint="prompts with images and videos, or with images encoded one by one, need "
-                    "passes that leave the encoder alone",
-                )
-        results = self._run(*(values[port.name] for port in self.stage.inputs))
-        names = [port.name for port in self.stage.outputs]
-        outputs = dict(zip(names, results, strict=True))
+        outputs = _run_stage(self.stage, self._run, values)
         if PIXELS in self.wanted:
             outputs[PIXELS] = values[self._pixels["input"]]
         return outputs
+
+    @property
+    def projects(self) -> bool:
+        """Whether the projector gives more than its module would."""
+        return self._project is not None
+
+    def project(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Outputs of the projector's stage by name.
+
+        Args:
+            given: keyword arguments of its module's forward.
+
+        Raises:
+            PreconditionError: other shapes than those captured.
+        """
+        assert self._project is not None
+        return _run_stage(self.projector, self._project, dict(named_tensors(given)))
 
     def tokens(
         self, outputs: Mapping[str, Tensor], features: Tensor | None, modality: Tensor
@@ -91,11 +100,36 @@ class EncoderStage:
                     "the projector did not run before the language model",
                     hint="give pixel values, not embeddings",
                 )
-            if name == FEATURES:
+            if name in (FEATURES, ROWS):
                 rows = rows.flatten(0, -2)
-            tokens = self._tokens["projector" if name == FEATURES else "rows"]
+            tokens = self._tokens[_ROUTES.get(name, "rows")]
             found[f"encoded_{name}"] = mean_by_token(rows, tokens.to(rows.device), modality)
         return found
+
+
+_ROUTES = {FEATURES: "projector", ROWS: "tokens"}
+
+
+def _run_stage(
+    stage: Stage, run: Callable[..., tuple[Tensor, ...]], values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs by name.
+
+    Raises:
+        PreconditionError: other shapes than those captured.
+    """
+    for port in stage.inputs:
+        wanted = tuple(stage.placeholder(port).meta["val"].shape)
+        found = values.get(port.name)
+        if found is None or tuple(found.shape) != wanted:
+            raise PreconditionError(
+                f"the {stage.name.replace('_', ' ')} was captured with {port.name} {list(wanted)}, "
+                f"and is called with {None if found is None else list(found.shape)}",
+                hint="prompts with images and videos, or with images encoded one by one, need "
+                "passes that leave the encoder alone",
+            )
+    results = run(*(values[port.name] for port in stage.inputs))
+    return dict(zip((port.name for port in stage.outputs), results, strict=True))
 
 
 class OutputForm:

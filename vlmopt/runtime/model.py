@@ -186,7 +186,7 @@ class _Prompt:
     Attributes:
         modality: int64 ``[batch, tokens]``.
         specialisation: the graphs for it, ``None`` when it holds no visual tokens.
-        encoded: what the encoder stage gave.
+        encoded: what the encoder stage gave, and that of the projector where it runs.
         features: what entered the projector.
     """
 
@@ -221,16 +221,17 @@ class Engine:
         self._sized = False  # whether graphs are made for one size of images
         self._running = threading.local()
         parts = submodules(model)
-        self._encoder, projector = parts.get("vision_encoder"), parts.get("projector")
+        self._encoder, self._projector = parts.get("vision_encoder"), parts.get("projector")
         self._form: OutputForm | None = None
-        self.twin, copies = _twin(model, [model.get_decoder(), self._encoder, projector])
+        self._projected: OutputForm | None = None
+        self.twin, copies = _twin(model, [model.get_decoder(), self._encoder, self._projector])
         self.twin.vlmopt = self
         # generate() reads the signatures
         self.twin.forward = update_wrapper(partial(self._forward), model.forward)
         for original, replaced in (
             (model.get_decoder(), self._decoder_forward),
             (self._encoder, self._encoder_forward),
-            (projector, self._projector_forward),
+            (self._projector, self._projector_forward),
         ):
             if original is not None:
                 copies[original].forward = update_wrapper(
@@ -378,10 +379,20 @@ class Engine:
 
     def _projector_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt: _Prompt | None = getattr(self._running, "prompt", None)
-        if prompt is not None:
-            given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            prompt.features = given[0] if given else None
-        return original(*args, **kwargs)
+        if prompt is None:
+            return original(*args, **kwargs)
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        prompt.features = given[0] if given else None
+        stage = prompt.specialisation.encoder if prompt.specialisation else None
+        if stage is None or not stage.projects:
+            return original(*args, **kwargs)
+        assert self._projector is not None
+        assert prompt.encoded is not None, "the encoder runs before the projector"
+        if self._projected is None:
+            self._projected = OutputForm(original(*args, **kwargs))
+        found = stage.project(bind(self._projector, args, kwargs))
+        prompt.encoded |= found
+        return self._projected.fill(found)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
