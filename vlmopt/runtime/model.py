@@ -179,12 +179,13 @@ class _Prompt:
     """A prompt between the model's forward and its decoder's.
 
     Attributes:
-        modality: int64 ``[batch, tokens]``.
+        ids, modality: int64 ``[batch, tokens]``.
         specialisation: the graphs for it, ``None`` when it holds no visual tokens.
         encoded: what the encoder stage gave.
         features: what entered the projector.
     """
 
+    ids: torch.Tensor
     modality: torch.Tensor
     specialisation: Specialisation | None
     encoded: dict[str, torch.Tensor] | None = None
@@ -298,7 +299,7 @@ class Engine:
             self._require_supported(kwargs)
             if past is None or past.get_seq_length() == 0:
                 specialisation = self._specialisation(modality, {**kwargs, "input_ids": ids})
-        self._running.prompt = _Prompt(modality, specialisation)
+        self._running.prompt = _Prompt(ids, modality, specialisation)
         try:
             result = original(self.twin, *args, **kwargs)
         finally:
@@ -405,6 +406,7 @@ class Engine:
             return None
         modality, specialisation = prompt.modality, prompt.specialisation
         values: dict[str, Any] = dict(named_tensors(kwargs)) | {"modality": modality}
+        values.setdefault("input_ids", prompt.ids)
         if specialisation.encoder is not None:
             if prompt.encoded is None:
                 raise PreconditionError(
