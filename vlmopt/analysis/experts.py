@@ -254,6 +254,12 @@ def _block(chosen: fx.Node, logits: fx.Node, ids: fx.Node) -> ExpertBlock:
             hint="nothing can be skipped unless tokens are sent to their experts; choose another "
             "implementation of the experts before capturing, if the model has one",
         )
+    if any(user.target is aten.where.self for user in ids.users):
+        raise ExpertMismatchError(
+            "a pass has skipped some of these experts already",
+            node=ids,
+            hint="use one such pass",
+        )
     loop = next((node for node in _computed_from(ids) if node.target in _LOOPS), None)
     raise ExpertMismatchError(
         "experts are called in a loop, one after the other"
