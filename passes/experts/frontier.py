@@ -70,9 +70,9 @@ def search_frontier(
     """Of pairs that skip at least ``share``, one that does least harm.
 
     Walks along the frontier: the more of the text is skipped, the less of vision has to be. Looks
-    at fewer than ``2 * count + 1`` pairs. Where what is skipped does not grow with both thresholds,
-    as it need not where earlier layers change the routing of later ones, the result still is the
-    best of all pairs looked at.
+    at no more than ``2 * count`` pairs. Share and harm should grow with both thresholds, which they
+    do but roughly: skipping in one layer changes the routing of later ones. Where they do not, the
+    result still skips enough, and is the best of all pairs looked at.
 
     Args:
         count: thresholds in each grid.
@@ -98,10 +98,9 @@ def search_frontier(
         )
     vision = last
     for text in range(count):
+        # a row that skips too little here has nothing better than the row before it
         while vision >= 0 and skipped(text, vision) >= share:
             vision -= 1
-        if vision < last:
-            skipped(text, vision + 1)
     best = min(
         (pair for pair, (found, _) in seen.items() if found >= share),
         key=lambda pair: (seen[pair][1], pair),

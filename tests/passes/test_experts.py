@@ -234,7 +234,7 @@ def test_the_frontier_of_tables_that_do_not_only_grow(seed: int) -> None:
     assert found.share >= 0.5
     feasible = [pair for pair in found.evaluated if table[pair][0] >= 0.5]
     assert found.harm == min(table[pair][1] for pair in feasible)
-    assert len(found.evaluated) <= 3 * size
+    assert len(found.evaluated) <= 2 * size
 
 
 def test_grids_of_thresholds() -> None:
