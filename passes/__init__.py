@@ -26,6 +26,9 @@ PASSES = {
     "embedlens": "vlmopt.passes.tokens.embedlens:EmbedLens",
     "sublayer-skip": "vlmopt.passes.tokens.sublayer_skip:SublayerSkip",
     "vision-entry": "vlmopt.passes.tokens.vision_entry:VisionEntry",
+    "modes": "vlmopt.passes.experts.modes:MoDES",
+    "expert-topk": "vlmopt.passes.experts.expert_topk:ExpertTopK",
+    "naee": "vlmopt.passes.experts.naee:Naee",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

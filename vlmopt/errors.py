@@ -69,6 +69,10 @@ class NoVisualTokensError(PreconditionError):
     """A token pass was asked to work on a program in which no token comes from vision."""
 
 
+class ExpertMismatchError(PreconditionError):
+    """Tokens are routed to experts, but the block is built in a way that no pass can rewrite."""
+
+
 class NoMatchError(VlmoptError):
     """A pass found nothing to rewrite although the pipeline asked for it."""
 

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import vlmopt
+from vlmopt.ops.experts import grouped_mm
 from vlmopt.ops.selection import farthest_point
+from vlmopt.passes.experts import frontier
+from vlmopt.passes.experts.modes import MoDES
 from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
 from vlmopt.passes.tokens.duet_vlm import DuetEncoder, DuetVlm
@@ -28,6 +31,7 @@ from vlmopt.passes.tokens.transprune import TransPrune
 from vlmopt.passes.tokens.vlm_pruner import VlmPruner
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Modality, Role
+from vlmopt.rewrite.classes import SPECIAL
 
 VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
 
@@ -388,3 +392,82 @@ def test_embedlens_classes() -> None:
         score = EmbedLens().score(margin, torch.zeros_like(margin).long())
         stays = kept(score[0, first:last], first, len(slots), int((~group).sum()), given["seq_len"])
         assert stays == tensors["pos_after"].tolist()
+
+
+NAMES = ("alpha", "tau")
+
+
+class Mixture(torch.nn.Module):
+    """One layer of experts, in the form in which transformers captures them."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], k: int) -> None:
+        super().__init__()
+        self.k = k
+        for name in ("gate_weight", "gate_up", "down"):
+            self.register_buffer(name, tensors[name])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        logits = torch.nn.functional.linear(rows, self.get_buffer("gate_weight"))
+        best, ids = torch.topk(logits.softmax(-1), self.k, dim=-1)
+        weights = best / best.sum(-1, keepdim=True)
+        order, places = torch.sort(ids.reshape(-1))
+        matrices = self.get_buffer("gate_up"), self.get_buffer("down")
+        experts = len(matrices[0])
+        counts = torch.histc(order.float(), bins=experts, min=0, max=experts - 1)
+        ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
+        inner = grouped_mm(rows[places // self.k], matrices[0], ends)
+        gate, up = inner.chunk(2, dim=-1)
+        out = grouped_mm(torch.nn.functional.silu(gate) * up, matrices[1], ends)
+        out = out * weights.reshape(-1)[places].unsqueeze(-1)
+        back = torch.empty_like(places)
+        back[places] = torch.arange(len(places))
+        return out[back].view(len(rows), self.k, -1).sum(1).view_as(x)
+
+
+class Mixtures(torch.nn.Module):
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([mixture])
+
+    def forward(self, x: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_modes_at_run_time() -> None:
+    for description, tensors in cases("34-modes"):
+        given = description["parameters"]
+        kinds = tensors["token_class"].reshape(-1, 1)
+        classes_of = torch.tensor([Modality.TEXT, Modality.VISION, SPECIAL])[kinds]
+        full = tensors["router_weights_full"].gather(1, tensors["topk_ids"])
+        alpha, tau = ([given[f"{what}_{kind}"] for kind in ("text", "vision")] for what in NAMES)
+        stays = MoDES.stays(full, classes_of, *alpha, *tau) | (classes_of == SPECIAL)
+        wanted = tensors["router_weights_skipped"].gather(1, tensors["topk_ids"])
+        assert torch.equal(torch.where(stays, full, 0.0), wanted)
+        assert int((~stays).sum()) == description["results"]["skipped_pairs"]
+        module, x = Mixtures(Mixture(tensors, given["k"])), tensors["x"]
+        torch.testing.assert_close(module(x, kinds), tensors["out_full"], atol=1e-6, rtol=1e-6)
+        # with no ids in the graph, special tokens are told by their modality
+        modality = classes_of.reshape(x.shape[:2])
+        program = vlmopt.capture(module, (x, modality), roles={"modality": Role.MODALITY})
+        one = MoDES(
+            text=tau[0], vision=tau[1], text_weights=(alpha[0],), vision_weights=(alpha[1],)
+        )
+        run_pipeline(program, [one])
+        (out,) = program["model"].graph_module(x, modality)
+        torch.testing.assert_close(out, tensors["out_skipped"], atol=1e-6, rtol=1e-6)
+
+
+def test_modes_frontier() -> None:
+    for description, tensors in cases("34-modes"):
+        given, wanted = description["parameters"], description["results"]
+        table = torch.stack([tensors["g_table"], tensors["f_table"]], dim=-1).tolist()
+        found = frontier.search_frontier(
+            given["grid"], given["rho"], lambda i, j, table=table: tuple(table[i][j])
+        )
+        assert found.text == wanted["frontier_text_index"]
+        assert found.vision == wanted["frontier_vision_index"]
+        assert found.harm == wanted["frontier_f"]
+        assert len(found.evaluated) <= wanted["pairs_evaluated"]

@@ -330,7 +330,13 @@ def _broadcast(rule: _Rule, values: list[fx.Node], rank: int) -> Dims:
     return tuple(result)
 
 
-@_rule(aten.copy.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+@_rule(
+    aten.copy.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+)
 def _pointwise(rule: _Rule) -> Dims:
     values = _tensors(rule.node.all_input_nodes)
     return _broadcast(rule, values, len(shape_of(rule.node)))

@@ -218,6 +218,7 @@ def decoder_inputs(model: Any, program: Program, inputs: Mapping[str, Tensor]) -
         handle.remove()
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     return {
+        "input_ids": ids,
         "inputs_embeds": seen["inputs_embeds"],
         "attention_mask": mask,
         "position_ids": torch.arange(ids.shape[1], device=ids.device)[None],

@@ -184,12 +184,13 @@ class _Prompt:
     """A prompt between the model's forward and its decoder's.
 
     Attributes:
-        modality: int64 ``[batch, tokens]``.
-        specialisation: the graphs for it, ``None`` when it holds no visual tokens.
+        ids, modality: int64 ``[batch, tokens]``.
+        specialisation: the graphs for it, ``None`` when it runs as in the original model.
         encoded: what the encoder stage gave, and that of the projector where it runs.
         features: what entered the projector.
     """
 
+    ids: torch.Tensor
     modality: torch.Tensor
     specialisation: Specialisation | None
     encoded: dict[str, torch.Tensor] | None = None
@@ -219,8 +220,10 @@ class Engine:
         self.specialisations: dict[_Key, Specialisation] = {}
         self._fixed = False  # whether graphs are made for one layout of prompts
         self._sized = False  # whether graphs are made for one size of images
+        self._textual = False  # whether graphs are made for prompts without images
         self._running = threading.local()
         parts = submodules(model)
+        self._text_model = not parts  # its language model is all of it
         self._encoder, self._projector = parts.get("vision_encoder"), parts.get("projector")
         self._form: OutputForm | None = None
         self._projected: OutputForm | None = None
@@ -269,6 +272,7 @@ class Engine:
         self._sized = made.encoder is not None
         visual = families.visual_token_ids(self.model.config)
         modality = modality_of(inputs["input_ids"], inputs.get("attention_mask"), visual)
+        self._textual = self._textual or not bool((modality == Modality.VISION).any())
         self.specialisations[self._key(modality, inputs)] = made
         return made
 
@@ -300,13 +304,16 @@ class Engine:
         modality = modality_of(ids, kwargs.get("attention_mask"), visual)
         specialisation = None
         past = kwargs.get("past_key_values")
-        if bool((modality == Modality.VISION).any()):
+        if self._textual or bool((modality == Modality.VISION).any()):
             self._require_supported(kwargs)
             if past is None or past.get_seq_length() == 0:
                 specialisation = self._specialisation(modality, {**kwargs, "input_ids": ids})
-        self._running.prompt = _Prompt(modality, specialisation)
+        self._running.prompt = _Prompt(ids, modality, specialisation)
         try:
-            result = original(self.twin, *args, **kwargs)
+            if specialisation is not None and self._text_model:
+                result = self._whole(kwargs)
+            else:
+                result = original(self.twin, *args, **kwargs)
         finally:
             self._running.prompt = None
         if kwargs.get("use_cache") is False and not isinstance(result, tuple):
@@ -364,6 +371,15 @@ class Engine:
         logits = cache.made_by.decode(values, cache)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
 
+    def _whole(self, kwargs: dict[str, Any]) -> Any:
+        """A prompt through a model that is a decoder with its head, and nothing else."""
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        result = self._prefill(kwargs)
+        assert result is not None, "there are graphs for this prompt"
+        logits, cache = result
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
     def _encoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt: _Prompt | None = getattr(self._running, "prompt", None)
         if prompt is None or prompt.specialisation is None:
@@ -415,12 +431,13 @@ class Engine:
         return specialisation
 
     def _prefill(self, kwargs: dict[str, Any]) -> tuple[torch.Tensor, RaggedCache] | None:
-        """Run a prompt on the rewritten stage; ``None`` when it holds no visual tokens."""
+        """Run a prompt on the rewritten stage; ``None`` when there is none for it."""
         prompt: _Prompt | None = getattr(self._running, "prompt", None)
         if prompt is None or prompt.specialisation is None:
             return None
         modality, specialisation = prompt.modality, prompt.specialisation
         values: dict[str, Any] = dict(named_tensors(kwargs)) | {"modality": modality}
+        values.setdefault("input_ids", prompt.ids)
         if specialisation.encoder is not None:
             if prompt.encoded is None:
                 raise PreconditionError(

@@ -1,0 +1,1 @@
+"""Methods that compute fewer pairs of token and expert in mixtures of experts."""

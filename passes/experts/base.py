@@ -1,0 +1,126 @@
+"""What all methods that skip experts share.
+
+A method says which pairs of token and expert stay; finding the mixtures of experts, the class of
+each token, and leaving the other pairs out of the products is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmopt.analysis.experts import find_experts
+from vlmopt.errors import PreconditionError
+from vlmopt.pipeline.options import option
+from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
+from vlmopt.program import Modality, Program, Role, Stage
+from vlmopt.rewrite.classes import SPECIAL, TokenClasses
+from vlmopt.rewrite.experts import skip_pairs
+from vlmopt.rewrite.tokens import remove_unused
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSkip(Pass):
+    """Base of the methods that skip some of the experts that a router chose for a token.
+
+    Subclasses give :meth:`stays`. Pairs that it drops weigh nothing, and are not computed; the
+    weights of the others stay as they are. Experts that all tokens share are no matter of a
+    router and always run. Padding takes no expert, special tokens all of theirs; in decoding all
+    tokens are text.
+    """
+
+    family = "experts"
+    phase = Phase.REDUCE
+    semantics = Semantics.LOSSY
+
+    special: tuple[int, ...] = option(
+        (), "ids of tokens that keep all of their experts: the tokenizer's all_special_ids", ge=0
+    )
+
+    @abstractmethod
+    def stays(self, weights: Tensor, classes: Tensor, *constants: float) -> Tensor:
+        """Which pairs of token and expert are computed; a pure function that is traced.
+
+        Args:
+            weights: of the chosen experts, after the router's normalisation and before its factor,
+                float32 ``[tokens, k]``.
+            classes: int64 ``[tokens, 1]``, values of :class:`~vlmopt.program.Modality`.
+            constants: those of the layer.
+
+        Returns:
+            bool ``[tokens, k]``.
+        """
+
+    def constants(self, program: Program) -> Mapping[int, tuple[float, ...]]:
+        """What :meth:`stays` gets in each layer, by number of the layer."""
+        return {}
+
+    def is_neutral(self, program: Program) -> bool:
+        """Whether these options keep all pairs of all tokens."""
+        return False
+
+    def requires(self, program: Program) -> None:
+        found = [find_experts(stage) for stage in _stages(program)]
+        if not any(experts.blocks for experts in found):
+            misses = [miss for experts in found for miss in experts.misses]
+            if misses:
+                raise misses[0]
+            raise PreconditionError(
+                f"this {program.model_type} has no mixture of experts in its layers",
+                hint="use a pass that drops tokens",
+            )
+
+    def run(self, program: Program, ctx: PassContext) -> PassResult:
+        if self.is_neutral(program):
+            blocks = sum(len(find_experts(stage).blocks) for stage in _stages(program))
+            ctx.remark("all experts of all tokens are kept")
+            return PassResult(changed=False, matches=blocks)
+        constants = self.constants(program)
+        matches = 0
+        for stage in _stages(program):
+            experts = find_experts(stage)
+            for miss in experts.misses:
+                ctx.remark(miss.what, node=miss.node, stage=stage.name)
+            classes = TokenClasses(stage, self.special, ctx, self.name)
+            for block in experts.blocks:
+                matches += 1
+                present = classes.of(block.layer, block.stream)
+                given = () if present is None else (present,)
+                stays = partial(self._stays, constants=constants.get(block.layer, ()))
+                skip_pairs(stage, block, stays, given, ctx, prefix=self.name, match=matches)
+            remove_unused(stage)
+        return PassResult(changed=matches > 0, matches=matches)
+
+    def _stays(
+        self, weights: Tensor, ids: Tensor, *given: Tensor, constants: tuple[float, ...]
+    ) -> Tensor:
+        if not given:
+            text = torch.full_like(ids[:, :1], Modality.TEXT)
+            return self.stays(weights, text, *constants)
+        classes = given[0].reshape(-1, 1)
+        kept = self.stays(weights, classes, *constants) | (classes == SPECIAL)
+        return kept & (classes != Modality.PADDING)
+
+
+def _stages(program: Program) -> list[Stage]:
+    """Those in which tokens of text flow."""
+    return [
+        stage
+        for stage in program
+        if stage.name == "model"
+        or any(port.role in (Role.KEY, Role.MODALITY) for port in (*stage.inputs, *stage.outputs))
+    ]
+
+
+def layers_with_experts(program: Program) -> tuple[int, ...]:
+    """Layers that hold a mixture of experts, in order."""
+    found: dict[int, Any] = {}
+    for stage in _stages(program):
+        found |= dict.fromkeys(block.layer for block in find_experts(stage).blocks)
+    return tuple(sorted(found))
