@@ -26,9 +26,12 @@ SCHEMA = 1
 def fingerprint(program: Program) -> str:
     """Tells architectures apart: type, names, shapes and dtypes of all weights, in hexadecimal.
 
-    Prompts and passes make no difference, nor do the values of the weights: what a calibration
-    found out about a model serves its fine-tuned versions too.
+    Prompts make no difference, nor do the values of the weights: what a calibration found out about
+    a model serves its fine-tuned versions too. Nor do passes, since capture records it.
     """
+    recorded = program.metadata.get("fingerprint")
+    if isinstance(recorded, str):
+        return recorded
     digest = hashlib.sha256(program.model_type.encode())
     seen = sorted({(tuple(w.shape), str(w.dtype)) for w in program.named_weights().values()})
     digest.update(repr(seen).encode())

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from vlmopt import families
+from vlmopt.artifacts import fingerprint
 from vlmopt.encoding import Encoding, describe_encoding, find_encoding
 from vlmopt.errors import CaptureError, VlmoptError
 from vlmopt.graph.canonical import canonical_graph
@@ -68,7 +69,7 @@ def capture(
                 program = _capture_plain(model, inputs, roles or {})
     finally:
         model.train(training)
-    program.metadata["weights"] = mode is None
+    program.metadata |= {"weights": mode is None, "fingerprint": fingerprint(program)}
     return program.clone()  # names given later depend on no node that capture removed
 
 
@@ -93,8 +94,10 @@ def submodules(model: Any) -> dict[str, nn.Module]:
         for name, module in _find_multimodal_submodules(model).items()
     }
     if "vision_encoder" in found and "projector" not in found:
-        modules = (getattr(model.base_model, name, None) for name in families.PROJECTOR_NAMES)
-        found |= {"projector": module for module in modules if isinstance(module, nn.Module)}
+        for name in families.PROJECTOR_NAMES:
+            module = getattr(model.base_model, name, None)
+            if isinstance(module, nn.Module):
+                found["projector"] = module
     return found
 
 

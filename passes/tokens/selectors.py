@@ -47,12 +47,16 @@ class Selector:
         repeated = key.unflatten(0, (-1, size)).repeat_interleave(groups, dim=0)
         return cls(*_factors(query, rank), *_factors(repeated.flatten(0, 1), rank))
 
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """``(left, right)``, ``[width, rank]`` each.
+    def sides(self, heads: int = 1) -> tuple[Tensor, Tensor]:
+        """``(left, right)``, ``[maps, width, rank]`` and ``[width, rank]``.
 
-        ``x left (y right)^T`` is the product of query and key, summed over heads.
+        ``x left (y right)^T`` is the product of query and key.
+
+        Args:
+            heads: one map for each of so many; 1 for one map of their sum.
         """
-        return self.query_down.T @ (self.query_up.T @ self.key_up), self.key_down.T
+        query, key = (up.unflatten(0, (heads, -1)) for up in (self.query_up, self.key_up))
+        return self.query_down.T @ (query.transpose(1, 2) @ key), self.key_down.T
 
     def tensors(self) -> list[Tensor]:
         return [self.query_up, self.query_down, self.key_up, self.key_down]
@@ -108,10 +112,10 @@ class Projections:
         _, heads, _, size = given[0].meta["val"].shape
         return cls(attention, rows, weights[0], weights[1], heads, size)
 
-    @property
-    def scale(self) -> float:
-        """The selector's: of a mean over heads."""
-        return 1 / (self.heads * self.size**0.5)
+    def maps(self, per_head: bool) -> tuple[int, float]:
+        """How many maps a selector has, and the scale of its products: of a mean over heads."""
+        heads, one = (self.heads, 1) if per_head else (1, self.heads)
+        return heads, 1 / (one * self.size**0.5)
 
 
 def groups_of(modality: Tensor) -> Tensor:
@@ -139,14 +143,15 @@ def selector_mass(
         rows: input of the projections, ``[batch, tokens, width]``.
         modality: int64 ``[batch, tokens]``.
         mask: attention mask of the layer.
+        left, right: see :meth:`Selector.sides`.
 
     Returns:
-        float32 ``[batch, tokens, 2]``.
+        float32 ``[batch, tokens, 2]``, the mean over maps.
     """
-    rows = rows.float()
-    query, key = (rows @ left)[:, None], (rows @ right)[:, None]
+    rows = rows.float()[:, None]
     given = (groups_of(modality), mask, causal, scale)
-    return torch.ops.vlmopt.attention_mass(query, key, *given)[:, 0].transpose(1, 2)
+    mass = torch.ops.vlmopt.attention_mass(rows @ left, rows @ right, *given)
+    return mass.mean(1).transpose(1, 2)
 
 
 class SelectorLearner(Learner):
@@ -157,6 +162,7 @@ class SelectorLearner(Learner):
     Args:
         program, sample: the captured model, and the sample that it was captured with.
         layers: those that get a selector.
+        per_head: a map for each head.
         rate: AdamW's learning rate.
     """
 
@@ -167,13 +173,16 @@ class SelectorLearner(Learner):
         sample: Sample,
         layers: Sequence[int],
         rank: int,
+        per_head: bool,
         rate: float,
     ) -> None:
         self.layers = tuple(layers)
+        self._maps: dict[int, tuple[int, float]] = {}
         self.selectors: dict[int, Selector] = {}
         stage = token_stage(program)
         for layer, found in self._projections(stage):
             start = Selector.of(found.query, found.key, found.heads, rank)
+            self._maps[layer] = found.maps(per_head)
             self.selectors[layer] = Selector(*(t.requires_grad_() for t in start.tensors()))
         self._optimizers = {
             layer: torch.optim.AdamW(selector.tensors(), lr=rate)
@@ -218,7 +227,10 @@ class SelectorLearner(Learner):
 
     def result(self) -> dict[str, Tensor]:
         """``LAYER.left`` and ``LAYER.right`` of each, see :meth:`Selector.sides`."""
-        sides = {layer: selector.sides() for layer, selector in self.selectors.items()}
+        sides = {
+            layer: selector.sides(self._maps[layer][0])
+            for layer, selector in self.selectors.items()
+        }
         return {
             f"{layer}.{name}": side.detach()
             for layer, pair in sides.items()
@@ -239,7 +251,7 @@ class SelectorLearner(Learner):
             attention = found.attention
             given = attention_arguments(attention)
             seen = (found.rows, given["query"], given["key"], attention_mask(attention), modality)
-            how = (is_causal(attention), given.get("scale"), found.scale)
+            how = (is_causal(attention), given.get("scale"))
             with stage.graph.inserting_after(max(attention, modality)):
                 stage.graph.call_function(self._learn, (layer, *seen, *how))
         stage.graph_module.recompile()
@@ -254,13 +266,13 @@ class SelectorLearner(Learner):
         modality: Tensor,
         causal: bool,
         scale: float | None,
-        own_scale: float,
     ) -> None:
+        maps, own_scale = self._maps[layer]
         mass = torch.ops.vlmopt.attention_mass
         wanted = mass(query, key, groups_of(modality), mask, causal, scale).mean(1).prod(1)
         visual = modality == Modality.VISION
         with torch.enable_grad():
-            left, right = self.selectors[layer].sides()
+            left, right = self.selectors[layer].sides(maps)
             found = selector_mass(rows, modality, mask, causal, left, right, own_scale).prod(-1)
             # scores go as the inverse square of the tokens: AdamW would see nothing of their errors
             difference = (found - wanted)[visual] * modality.shape[1] ** 2

@@ -125,7 +125,7 @@ def _qwen2_5_vl(model: Any, blocks: list[list[Any]]) -> list[list[Any]]:
 
 
 def _windows(tokens: int) -> list[int]:
-    """Images of 8 x 8 patches, 4 x 4 tokens, in windows of 2 x 2 tokens: the token in each place."""
+    """Images of 8 x 8 patches, 4 x 4 tokens, in windows of 2 x 2 tokens: the token of each."""
     return [
         image * 16 + (2 * wy + y) * 4 + 2 * wx + x
         for image in range(tokens // 16)

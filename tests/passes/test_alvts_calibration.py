@@ -16,6 +16,7 @@ from vlmopt.calibration import calibrate
 from vlmopt.errors import ArtifactError
 from vlmopt.passes.tokens.alvts import Alvts
 from vlmopt.passes.tokens.hawk import Hawk
+from vlmopt.passes.tokens.selectors import Selector, selector_mass
 from vlmopt.pipeline.manager import run_pipeline
 
 METHOD = Alvts(layers=(0, 2), rank=4, rate=0.01)
@@ -115,6 +116,19 @@ def test_the_artifact_chooses(model: Any, tmp_path: Path) -> None:
         kept = {slot for slot in slots[row].tolist() if visual[row, slot]}
         wanted = scores[row].sort(descending=True, stable=True).indices[: len(kept)]
         assert kept == set(wanted.tolist())
+
+
+def test_a_map_for_each_head_of_whole_projections() -> None:
+    query, key = torch.randn(8, 6), torch.randn(4, 6)  # 4 heads and 2 key heads of size 2
+    left, right = Selector.of(query, key, 4, 6).sides(4)
+    rows, modality = torch.randn(1, 5, 6), torch.tensor([[2, 2, 2, 1, 1]])
+    mass = selector_mass(rows, modality, None, True, left, right, 2**-0.5)
+    queries = (rows @ query.T).unflatten(-1, (4, 2)).transpose(1, 2)
+    keys = (rows @ key.T).unflatten(-1, (2, 2)).transpose(1, 2).repeat_interleave(2, 1)
+    logits = queries @ keys.transpose(-1, -2) * 2**-0.5
+    shares = logits.masked_fill(~torch.ones(5, 5).tril().bool(), float("-inf")).softmax(-1).mean(1)
+    wanted = torch.stack([shares[:, :3].mean(1), shares[:, 3:].mean(1)], -1)
+    torch.testing.assert_close(mass, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_it_goes_on_where_it_was_interrupted(

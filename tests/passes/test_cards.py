@@ -171,7 +171,7 @@ class TestAlvts:
 
     def test_full_rank_is_exact(self) -> None:
         query, key = torch.randn(8, 6), torch.randn(4, 6)  # 4 heads and 2 key heads of size 2
-        left, right = Selector.of(query, key, 4, 6).sides()
+        (left,), right = Selector.of(query, key, 4, 6).sides()
         rows = torch.randn(5, 6)
         heads_of_keys = (rows @ key.T).unflatten(-1, (2, 2)).repeat_interleave(2, dim=1)
         wanted = torch.einsum("qhd,khd->qk", (rows @ query.T).unflatten(-1, (4, 2)), heads_of_keys)
