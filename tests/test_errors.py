@@ -99,7 +99,7 @@ def test_option() -> None:
         message(errors.OptionError, lambda: run_pipeline(decoder(), "v2drop{layer=3}")),
         """\
 v2drop has no option layer
-  try: layers; the options of v2drop are layers, keep, of, positions""",
+  try: layers; the options of v2drop are layers, keep, of, positions, metric""",
     )
 
 

@@ -81,6 +81,7 @@ class RankedMerge(TokenDrop):
         merged = assigned_merge(tokens, target, torch.ones_like(attention), "sum")
         if self.contexts == "own":
             return merged
+        # the slots that stay, in order, take the dominant rows and then those of the anchors
         tier = torch.where(groups.dominant, 0, torch.where(groups.anchors, 1, 2))
         number = torch.where(groups.anchors, self.order(attention, valid), place)
         order = torch.sort(tier * 2 * keys.shape[1] + number, dim=-1, stable=True).indices

@@ -70,7 +70,9 @@ class VlmPruner(TokenDrop):
         Returns:
             float32 ``[batch, visual tokens]``; 0 for what was not picked.
         """
-        rows, columns = rows_and_columns(self.name, self.grid, hidden.shape[1])
+        # a prompt's images lie one below the other; without a grid there must be one
+        tokens, several = hidden.shape[1], bool(self.grid)
+        rows, columns = rows_and_columns(self.name, self.grid, tokens, images=several)
         if self.premerge:  # of patches, of which two by two make a token
             rows, columns = 2 * rows, 2 * columns
         place = torch.arange(hidden.shape[1], device=hidden.device)

@@ -76,6 +76,7 @@ def test_a_random_choice_is_the_same_for_all_samples(
 ) -> None:
     tiny, inputs = captured(family), zoo.inputs(family, batch=3, padding=padding)
     text = {
+        "vlm-pruner, some channels": "vlm-pruner{layers=2 keep=0.5 channels=16 grid=4,4}",
         "random-drop": "random-drop{layers=0,2 keep=0.33,0.5 seed=3}",
         "information-horizon": "information-horizon{layers=0,2 keep=0.33,0 mode=random seed=3}",
     }[method]

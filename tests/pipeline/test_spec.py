@@ -171,7 +171,7 @@ def test_syntax_errors_point_at_the_character(text: str, message: str) -> None:
         (
             "v2drop{keeps=1}",
             "v2drop has no option keeps\n  try: keep; the options of v2drop are layers, keep, of, "
-            "positions",
+            "positions, metric",
         ),
         (
             "needy",
