@@ -36,7 +36,7 @@ PIXELS = "pixels"
 
 
 def encoding_of(program: Program) -> dict[str, Any]:
-    """What capture found between encoder and prompt, see :func:`~vlmopt.encoding.describe_encoding`.
+    """What capture found between encoder and prompt: :func:`~vlmopt.encoding.describe_encoding`.
 
     Raises:
         PreconditionError: nothing, and why.
