@@ -95,8 +95,7 @@ def submodules(model: Any) -> dict[str, nn.Module]:
     }
     if "vision_encoder" in found and "projector" not in found:
         for name in families.PROJECTOR_NAMES:
-            module = getattr(model.base_model, name, None)
-            if isinstance(module, nn.Module):
+            if isinstance(module := getattr(model.base_model, name, None), nn.Module):
                 found["projector"] = module
     return found
 
@@ -119,10 +118,10 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
         )
     with _quiet():
         with _generating(model) if mode else contextlib.nullcontext():
-            components = _components(model, inputs)
+            components, encoded = _components(model, inputs)
         stages: dict[str, Stage] = {}
         facts = _prompt_facts(model, inputs)
-        encoding = None if mode else _encoding(model, inputs)
+        encoding = None if mode else _encoding(model, inputs, encoded)
         for name, (module, kwargs) in components.items():
             if name == "decode":
                 _require_keys_of_tokens(model, kwargs, stages.get("language_model"), facts)
@@ -158,9 +157,20 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
     )
 
 
-def _components(model: Any, inputs: dict[str, Any]) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """Stages' modules with the keyword inputs they got while the model generated two tokens."""
+def _components(
+    model: Any, inputs: dict[str, Any]
+) -> tuple[dict[str, tuple[nn.Module, dict[str, Any]]], list[Any]]:
+    """Stages' modules with the keyword inputs they got while the model generated two tokens.
+
+    Returns:
+        These, and what the vision encoder returned, call by call.
+    """
     from transformers.exporters.utils import _capture_forward, decompose_for_generation
+
+    encoded: list[Any] = []
+
+    def record(_: nn.Module, args: Any, output: Any) -> None:
+        encoded.append(output)
 
     # generate() may encode images before forward(), where the decomposition does not look
     with contextlib.ExitStack() as stack:
@@ -169,6 +179,9 @@ def _components(model: Any, inputs: dict[str, Any]) -> dict[str, tuple[nn.Module
             for name, module in submodules(model).items()
             if name in ("vision_encoder", "projector")
         }
+        if "vision_encoder" in calls:
+            handle = calls["vision_encoder"][0].register_forward_hook(record)
+            stack.callback(handle.remove)
         try:
             found = dict(decompose_for_generation(model, inputs))
         except Exception as error:
@@ -180,11 +193,15 @@ def _components(model: Any, inputs: dict[str, Any]) -> dict[str, tuple[nn.Module
     for name, (module, seen) in calls.items():
         if seen:
             components[name] = (module, seen[-1])
-    return components
+    return components, encoded
 
 
-def _encoding(model: Any, inputs: dict[str, Any]) -> Encoding | None:
-    """Where the patches of the capture batch end up; ``None`` for a model without an encoder."""
+def _encoding(model: Any, inputs: dict[str, Any], encoded: list[Any]) -> Encoding | None:
+    """Where the patches of the capture batch end up; ``None`` for a model without an encoder.
+
+    Args:
+        encoded: what the encoder returned for them.
+    """
     parts = submodules(model)
     ids = inputs.get("input_ids")
     if ids is None or not {"vision_encoder", "language_model"} <= parts.keys():
@@ -198,6 +215,7 @@ def _encoding(model: Any, inputs: dict[str, Any]) -> Encoding | None:
         parts.get("projector"),
         parts["language_model"],
         modality == Modality.VISION,
+        encoded,
     )
 
 

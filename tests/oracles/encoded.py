@@ -125,7 +125,7 @@ def _qwen2_5_vl(model: Any, blocks: list[list[Any]]) -> list[list[Any]]:
 
 
 def _windows(tokens: int) -> list[int]:
-    """Images of 8 x 8 patches, 4 x 4 tokens, in windows of 2 x 2 tokens: the token of each."""
+    """The token in each place: images of 4 x 4 tokens, in windows of 2 x 2."""
     return [
         image * 16 + (2 * wy + y) * 4 + 2 * wx + x
         for image in range(tokens // 16)
@@ -248,7 +248,7 @@ class Entering:
         def watch(module: Any, args: Any, output: Any) -> None:
             seen.append(output if tail.behind else args[0])
 
-        handle = model.get_submodule(tail.watched).register_forward_hook(watch)
+        handle = model.get_submodule(tail.module + tail.watched).register_forward_hook(watch)
         with torch.no_grad():
             model(**inputs)
         handle.remove()
@@ -267,13 +267,14 @@ class Tail:
     """Where rows are watched, and what is made of them.
 
     Attributes:
-        watched, module: paths.
+        module: its path.
+        watched: path of the part of it which the rows enter.
         project: ``(module, rows) -> tokens``.
-        behind: what leaves the watched module, not what enters it.
+        behind: they leave it.
     """
 
-    watched: str
     module: str
+    watched: str
     project: Callable[[Any, torch.Tensor], torch.Tensor]
     behind: bool = False
 
@@ -306,14 +307,14 @@ def _matrix(module: Any, rows: torch.Tensor) -> torch.Tensor:
 
 _PROJECTOR = "model.multi_modal_projector"
 TAILS = {
-    "llava": Tail(_PROJECTOR, _PROJECTOR, _called),
-    "internvl": Tail(f"{_PROJECTOR}.linear_1", _PROJECTOR, _two_layers),
-    "aya_vision": Tail(f"{_PROJECTOR}.linear_1", _PROJECTOR, _gated),
-    "gemma3": Tail(f"{_PROJECTOR}.mm_soft_emb_norm", _PROJECTOR, _matrix, behind=True),
-    "smolvlm": Tail(*["model.connector.modality_projection"] * 2, _called),
-    "qwen2_vl": Tail(*["model.visual.merger.mlp"] * 2, _called),
-    "qwen2_5_vl": Tail(*["model.visual.merger.mlp"] * 2, _called),
-    "qwen3_vl": Tail("model.visual.merger.linear_fc1", "model.visual.merger", _two_layers_qwen3),
+    "llava": Tail(_PROJECTOR, "", _called),
+    "internvl": Tail(_PROJECTOR, ".linear_1", _two_layers),
+    "aya_vision": Tail(_PROJECTOR, ".linear_1", _gated),
+    "gemma3": Tail(_PROJECTOR, ".mm_soft_emb_norm", _matrix, behind=True),
+    "smolvlm": Tail("model.connector.modality_projection", "", _called),
+    "qwen2_vl": Tail("model.visual.merger.mlp", "", _called),
+    "qwen2_5_vl": Tail("model.visual.merger.mlp", "", _called),
+    "qwen3_vl": Tail("model.visual.merger", ".linear_fc1", _two_layers_qwen3),
 }
 
 

@@ -13,7 +13,7 @@ from oracles.agreement import check
 from oracles.reduced import ReducedOracle
 
 import vlmopt
-from vlmopt.encoding import Encoding
+from vlmopt.encoding import Encoding, find_encoding
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.passes.tokens.zoo_prune import unit_vectors
 from vlmopt.pipeline.manager import run_pipeline
@@ -193,3 +193,47 @@ def test_patches_are_merged_or_read(pipeline: str, why: str) -> None:
     program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
     with pytest.raises(PreconditionError, match=why):
         run_pipeline(program, pipeline)
+
+
+def test_what_the_encoder_returned_is_not_computed_again() -> None:
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", batch=2)
+    tower, decoder = model.get_encoder("image"), model.get_decoder()
+    projector = model.model.multi_modal_projector
+    visual = inputs["input_ids"] == zoo.IMAGE
+
+    def follow(*encoded: Any) -> Encoding | None:
+        return find_encoding(model, inputs, tower, projector, decoder, visual, encoded)
+
+    computed = follow()
+    with torch.inference_mode():
+        returned = tower(inputs["pixel_values"], output_hidden_states=True)
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("the encoder runs again")
+
+    tower.encoder.layers[0].register_forward_hook(refuse)
+    assert follow(returned) == computed
+    assert computed is not None
+    assert computed.tokens == ("projector", "output", computed.projector)
+    assert "forward" not in vars(tower)
+    with pytest.raises(AssertionError, match="runs again"):
+        follow()
+
+
+def test_two_cuts_share_the_rows_of_a_merger() -> None:
+    model, inputs = zoo.build("qwen2_vl"), zoo.inputs("qwen2_vl", batch=2)
+    text = "zoo-prune{keep=0.5 directions=4} | zoo-prune{layers=2 keep=0.5 directions=4}"
+    optimized = vlmopt.optimize(model, inputs, text, backend="eager")
+    with torch.no_grad():
+        kept = optimized(**inputs).past_key_values.kept["kept_2_slots"]
+    visual = inputs["input_ids"] == zoo.IMAGE
+    assert [int(visual[b, slots[slots >= 0]].sum()) for b, slots in enumerate(kept)] == [4, 4]
+    gives = optimized.vlmopt.program["vision_encoder"].find_outputs(Role.ENCODED)
+    assert [port.name for port in gives] == ["encoded_rows"]
+
+
+def test_a_linear_projector_is_remarked_on() -> None:
+    program = vlmopt.capture(zoo.build("smolvlm"), zoo.inputs("smolvlm"))
+    report = run_pipeline(program, "zoo-prune{keep=0.5}")
+    (remark,) = report.records[0].result.remarks
+    assert "chosen by distance alone" in remark.text

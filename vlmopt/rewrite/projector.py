@@ -215,8 +215,8 @@ def find_projector(program: Program) -> Projector:
     blocks = find_layers(stage).of if stage.name == "vision_encoder" else ()
     found = [*last_rows(stage, made, blocks)]
     for entry, graph in reversed(found):
-        multiplies = any(node.target in PRODUCTS for node in graph.nodes)
-        if multiplies and (order is None or entry.meta["val"].ndim == made.meta["val"].ndim):
+        reordered = order is None or entry.meta["val"].ndim == made.meta["val"].ndim
+        if reordered and any(node.target in PRODUCTS for node in graph.nodes):
             return Projector(stage, entry, graph, order)
     raise PreconditionError(
         f"no linear layer of stage {stage.name} makes a token of one row",
