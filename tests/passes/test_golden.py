@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import vlmopt
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.experts import frontier
+from vlmopt.passes.experts.bypass import Bypass
 from vlmopt.passes.experts.modes import MoDES
 from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
@@ -421,6 +422,23 @@ def test_modes_at_run_time() -> None:
         run_pipeline(program, [one])
         (out,) = program["model"].graph_module(x, modality)
         torch.testing.assert_close(out, tensors["out_skipped"], atol=1e-6, rtol=1e-6)
+
+
+def test_modes_bypasses_experts() -> None:
+    for description, tensors in cases("34-modes"):
+        parts = (tensors[name] for name in ("gate_weight", "gate_up", "down"))
+        layer, x = toys.Mixture(*parts, description["parameters"]["k"]), tensors["x"]
+        modality = torch.tensor([Modality.TEXT, Modality.VISION, SPECIAL])[tensors["token_class"]]
+        captured = toys.mixtures(layer, x, modality)
+        for kind, value in (("text", Modality.TEXT), ("vision", Modality.VISION)):
+            for result in ("normed_input", "zero"):
+                program = captured.clone()
+                run_pipeline(program, [Bypass(kind=kind, result=result)], verify="full")
+                (out,) = program["model"].graph_module(x, modality)
+                wanted = tensors[f"bypass_{kind}"].clone()
+                if result == "zero":
+                    wanted[modality == value] = 0
+                torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_modes_frontier() -> None:
