@@ -42,6 +42,8 @@ class Role(StrEnum):
     prompt, ``[batch, tokens, ...]``, where the language model takes it."""
     HIDDEN_STATES = "hidden_states"
     LOGITS = "logits"
+    COUNTS = "counts"
+    """int64, what a pass counts while the graph runs."""
     OTHER = "other"
 
 

@@ -13,14 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vlmopt.analysis.experts import find_experts
 from vlmopt.errors import PreconditionError
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
-from vlmopt.program import Modality, Program, Role, Stage
+from vlmopt.program import Modality, Port, Program, Role, Stage
 from vlmopt.rewrite.classes import SPECIAL, TokenClasses
+from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.experts import skip_pairs
 from vlmopt.rewrite.tokens import remove_unused
 
@@ -41,6 +42,10 @@ class ExpertSkip(Pass):
 
     special: tuple[int, ...] = option(
         (), "ids of tokens that keep all of their experts: the tokenizer's all_special_ids", ge=0
+    )
+
+    count: bool = option(
+        False, "count the pairs, in all and computed: past_key_values.reported['expert_pairs']"
     )
 
     @abstractmethod
@@ -88,12 +93,22 @@ class ExpertSkip(Pass):
             for miss in experts.misses:
                 ctx.remark(miss.what, node=miss.node, stage=stage.name)
             classes = TokenClasses(stage, self.special, ctx, self.name)
+            counts: list[fx.Node] = []
             for block in experts.blocks:
                 matches += 1
                 present = classes.of(block.layer, block.stream)
                 given = () if present is None else (present,)
                 stays = partial(self._stays, constants=constants.get(block.layer, ()))
-                skip_pairs(stage, block, stays, given, ctx, prefix=self.name, match=matches)
+                kept = skip_pairs(stage, block, stays, given, ctx, prefix=self.name, match=matches)
+                if self.count and present is not None:
+                    with stage.graph.inserting_after(kept):
+                        end = stage.graph.call_function(torch.ops.aten.alias.default, (kept,))
+                    emit = Emitter.of_pass(ctx, stage, kept, self.name, matches)
+                    with stage.graph.inserting_before(end):
+                        counts.append(emit.trace(_count, kept, present, names=("pairs",)))
+                    stage.graph.erase_node(end)
+            if counts:
+                _report(stage, counts, ctx, self.name)
             remove_unused(stage)
         return PassResult(changed=matches > 0, matches=matches)
 
@@ -106,6 +121,28 @@ class ExpertSkip(Pass):
         classes = given[0].reshape(-1, 1)
         kept = self.stays(weights, classes, *constants) | (classes == SPECIAL)
         return kept & (classes != Modality.PADDING)
+
+
+def _count(kept: Tensor, classes: Tensor) -> Tensor:
+    """int64 ``[3, 2]``: pairs of text, vision and special tokens, in all and computed."""
+    kinds = torch.tensor(COUNTED, device=classes.device)
+    of_kind = classes.reshape(-1, 1, 1) == kinds.reshape(1, -1, 1)
+    pairs = torch.stack([torch.ones_like(kept), kept], dim=-1).sum(1)
+    return (of_kind * pairs[:, None, :]).sum(0)
+
+
+COUNTED = (Modality.TEXT, Modality.VISION, SPECIAL)
+PAIRS = "expert_pairs"
+"""Output that holds the counts, int64 ``[blocks, 3, 2]``."""
+
+
+def _report(stage: Stage, counts: list[fx.Node], ctx: PassContext, prefix: str) -> None:
+    output = stage.graph.output_node()
+    emit = Emitter.of_pass(ctx, stage, counts[-1], prefix)
+    with stage.graph.inserting_before(output):
+        together = emit.call(torch.ops.aten.stack.default, counts, name=PAIRS)
+    output.args = ((*output.args[0], together),)  # type: ignore[misc]
+    stage.outputs = (*stage.outputs, Port(PAIRS, Role.COUNTS))
 
 
 def _stages(program: Program) -> list[Stage]:

@@ -101,7 +101,26 @@ def test_weights_copied_for_each_row_are_multiplied_in_groups(family: str) -> No
         assert torch.ops.aten.bmm.default not in targets
 
 
-class Both(ReducedOracle):
+def test_a_model_of_text_alone() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = MixtralConfig(
+            **sizes, **heads, num_hidden_layers=2, num_local_experts=4, pad_token_id=0
+        )
+        return spread(MixtralForCausalLM(config).eval())
+
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    oracle = ExpertOracle(made(), torch.zeros_like(ids).bool(), modes(0.45, 0.0))
+    agrees(made(), inputs, "modes{text=0.45}", oracle)
+
+
+class Both(ReducedOracle):  # type: ignore[misc]
     """Tokens hidden and experts masked in one run."""
 
     def __init__(self, experts: ExpertOracle, *args: Any) -> None:

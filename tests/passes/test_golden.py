@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import toys
 from safetensors.torch import load_file
 
 import vlmopt
-from vlmopt.ops.experts import grouped_mm
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.experts import frontier
+from vlmopt.passes.experts.bypass import Bypass
 from vlmopt.passes.experts.modes import MoDES
 from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
@@ -397,45 +399,6 @@ def test_embedlens_classes() -> None:
 NAMES = ("alpha", "tau")
 
 
-class Mixture(torch.nn.Module):
-    """One layer of experts, in the form in which transformers captures them."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], k: int) -> None:
-        super().__init__()
-        self.k = k
-        for name in ("gate_weight", "gate_up", "down"):
-            self.register_buffer(name, tensors[name])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        logits = torch.nn.functional.linear(rows, self.get_buffer("gate_weight"))
-        best, ids = torch.topk(logits.softmax(-1), self.k, dim=-1)
-        weights = best / best.sum(-1, keepdim=True)
-        order, places = torch.sort(ids.reshape(-1))
-        matrices = self.get_buffer("gate_up"), self.get_buffer("down")
-        experts = len(matrices[0])
-        counts = torch.histc(order.float(), bins=experts, min=0, max=experts - 1)
-        ends = torch.cumsum(counts, dim=0, dtype=torch.int32)
-        inner = grouped_mm(rows[places // self.k], matrices[0], ends)
-        gate, up = inner.chunk(2, dim=-1)
-        out = grouped_mm(torch.nn.functional.silu(gate) * up, matrices[1], ends)
-        out = out * weights.reshape(-1)[places].unsqueeze(-1)
-        back = torch.empty_like(places)
-        back[places] = torch.arange(len(places))
-        return out[back].view(len(rows), self.k, -1).sum(1).view_as(x)
-
-
-class Mixtures(torch.nn.Module):
-    def __init__(self, mixture: Mixture) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList([mixture])
-
-    def forward(self, x: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 def test_modes_at_run_time() -> None:
     for description, tensors in cases("34-modes"):
         given = description["parameters"]
@@ -447,11 +410,12 @@ def test_modes_at_run_time() -> None:
         wanted = tensors["router_weights_skipped"].gather(1, tensors["topk_ids"])
         assert torch.equal(torch.where(stays, full, 0.0), wanted)
         assert int((~stays).sum()) == description["results"]["skipped_pairs"]
-        module, x = Mixtures(Mixture(tensors, given["k"])), tensors["x"]
-        torch.testing.assert_close(module(x, kinds), tensors["out_full"], atol=1e-6, rtol=1e-6)
+        parts = (tensors[name] for name in ("gate_weight", "gate_up", "down"))
+        layer, x = toys.Mixture(*parts, given["k"]), tensors["x"]
+        torch.testing.assert_close(layer(x), tensors["out_full"], atol=1e-6, rtol=1e-6)
         # with no ids in the graph, special tokens are told by their modality
         modality = classes_of.reshape(x.shape[:2])
-        program = vlmopt.capture(module, (x, modality), roles={"modality": Role.MODALITY})
+        program = toys.mixtures(layer, x, modality)
         one = MoDES(
             text=tau[0], vision=tau[1], text_weights=(alpha[0],), vision_weights=(alpha[1],)
         )
@@ -460,12 +424,31 @@ def test_modes_at_run_time() -> None:
         torch.testing.assert_close(out, tensors["out_skipped"], atol=1e-6, rtol=1e-6)
 
 
+def test_modes_bypasses_experts() -> None:
+    for description, tensors in cases("34-modes"):
+        parts = (tensors[name] for name in ("gate_weight", "gate_up", "down"))
+        layer, x = toys.Mixture(*parts, description["parameters"]["k"]), tensors["x"]
+        modality = torch.tensor([Modality.TEXT, Modality.VISION, SPECIAL])[tensors["token_class"]]
+        captured = toys.mixtures(layer, x, modality)
+        for kind, value in (("text", Modality.TEXT), ("vision", Modality.VISION)):
+            for result in ("normed_input", "zero"):
+                program = captured.clone()
+                run_pipeline(program, [Bypass(kind=kind, result=result)], verify="full")
+                (out,) = program["model"].graph_module(x, modality)
+                wanted = tensors[f"bypass_{kind}"].clone()
+                if result == "zero":
+                    wanted[modality == value] = 0
+                torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-6)
+
+
 def test_modes_frontier() -> None:
     for description, tensors in cases("34-modes"):
         given, wanted = description["parameters"], description["results"]
-        table = torch.stack([tensors["g_table"], tensors["f_table"]], dim=-1).tolist()
+        share, harm = tensors["g_table"].tolist(), tensors["f_table"].tolist()
+        size = range(given["grid"])
+        table = {(i, j): (share[i][j], harm[i][j]) for i in size for j in size}
         found = frontier.search_frontier(
-            given["grid"], given["rho"], lambda i, j, table=table: tuple(table[i][j])
+            given["grid"], given["rho"], partial(lambda known, *pair: known[pair], table)
         )
         assert found.text == wanted["frontier_text_index"]
         assert found.vision == wanted["frontier_vision_index"]

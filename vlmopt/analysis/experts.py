@@ -38,6 +38,7 @@ _VIEWS = (
     aten.contiguous.default,
 )
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
+_SPREADS = (aten.scatter.src, aten.scatter.value)
 _LOOPS = (
     aten.nonzero.default,
     aten.nonzero_numpy.default,
@@ -136,7 +137,7 @@ def find_experts(stage: Stage) -> Experts:
         if logits is None or layer_of(chosen) is None:
             continue
         ids = _result(chosen, 1)
-        if ids is None or not _calls_experts(ids):
+        if ids is None or not _calls_experts(ids, _shape(logits)[-1]):
             continue  # limits the choice to groups, or chooses something else
         try:
             blocks.append(_block(chosen, logits, ids))
@@ -169,10 +170,16 @@ def _untransposed(values: Iterable[fx.Node]) -> Iterable[fx.Node]:
         yield value
 
 
-def _calls_experts(ids: fx.Node) -> bool:
+def _calls_experts(ids: fx.Node, experts: int) -> bool:
     """Whether what is chosen steers products with stacked weights, as no other choice does."""
     steered = (*GROUPED_PRODUCTS, aten.bmm.default, aten.index_add.default)
-    return any(node.target in steered for node in _computed_from(ids))
+    if any(node.target in steered for node in _computed_from(ids)):
+        return True
+    place = layer_of(ids)
+    return any(user.target in _SPREADS for user in ids.users) and any(
+        layer_of(node) == place and any(_is_stacked(value, experts) for value in node.args)
+        for node in ids.graph.find_nodes(op="call_function", target=aten.bmm.default)
+    )
 
 
 def _router(chosen: fx.Node, logits: fx.Node, weights: fx.Node, scale: float) -> Router:
@@ -247,7 +254,7 @@ def _block(chosen: fx.Node, logits: fx.Node, ids: fx.Node) -> ExpertBlock:
         return _grouped(chosen, logits, ids, flat[0], sorts[0])
     if len(flat) == 1 and copies:
         return _batched(chosen, logits, ids, flat[0], copies)
-    if any(user.target in (aten.scatter.src, aten.scatter.value) for user in ids.users):
+    if any(user.target in _SPREADS for user in ids.users):
         raise ExpertMismatchError(
             f"all {experts} experts compute all tokens, whatever the router chooses",
             node=ids,
@@ -353,12 +360,15 @@ def _batched(
     )
     if len(products) < 2:
         raise ExpertMismatchError("experts are not two products of rows", node=copies[0])
-    rows = next(
+    each = next(
         value for value in cast("tuple[fx.Node, ...]", products[0].args) if value not in copies
     )
-    repeated = (aten.unsqueeze.default, aten.expand.default, *_VIEWS, *_CASTS)
-    while rows.target in repeated and _count(rows) != _count_rows(ids, rows):
-        rows = cast("fx.Node", rows.args[0])
+    # rows before they are repeated for each choice
+    rows = each
+    while each.target in (aten.unsqueeze.default, aten.expand.default, *_VIEWS, *_CASTS):
+        each = cast("fx.Node", each.args[0])
+        if _shape(each)[:-1] == _shape(ids)[:1]:
+            rows = each
     weighted, weights = _weighing(products[-1])
     return _finished(
         chosen,
@@ -372,15 +382,6 @@ def _batched(
         products,
         weighted,
     )
-
-
-def _count(rows: fx.Node) -> Any:
-    """Rows before they are repeated for each choice: as many as tokens."""
-    return _shape(rows)[0] if len(_shape(rows)) == 2 else -1
-
-
-def _count_rows(ids: fx.Node, rows: fx.Node) -> Any:
-    return _shape(ids)[0] if len(_shape(rows)) == 2 else -2
 
 
 def _weighing(product: fx.Node) -> tuple[fx.Node, fx.Node]:

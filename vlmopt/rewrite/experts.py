@@ -33,7 +33,7 @@ def skip_pairs(
     *,
     prefix: str,
     match: int,
-) -> None:
+) -> fx.Node:
     """Compute only the pairs of a block that stay; the others weigh nothing.
 
     Args:
@@ -41,6 +41,9 @@ def skip_pairs(
         values: further arguments of ``stays``, known before the block.
         prefix: first part of the names of new nodes.
         match: number of this block among those rewritten, from 1.
+
+    Returns:
+        Which pairs are computed, bool ``[tokens, k]``.
 
     Raises:
         ExpertMismatchError: the rows of the experts cannot be sorted.
@@ -53,17 +56,17 @@ def skip_pairs(
     if first < block.ids or first < block.weights:
         raise ExpertMismatchError("ids of experts are read before their weights", node=first)
 
-    def skipped(weights: Tensor, ids: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+    def skipped(weights: Tensor, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         kept = stays(weights.float(), ids, *given)
         # no expert has this number: histograms leave it out, and rows behind all groups are not
         # computed
         nobody = torch.full_like(ids, block.experts)
-        return torch.where(kept, ids, nobody), torch.where(kept, weights, torch.zeros_like(weights))
+        lighter = torch.where(kept, weights, torch.zeros_like(weights))
+        return torch.where(kept, ids, nobody), lighter, kept
 
     with graph.inserting_before(first):
-        ids, weights = emit.trace(
-            skipped, block.weights, block.ids, *values, names=("ids", "weights")
-        )
+        given = block.weights, block.ids, *values
+        ids, weights, kept = emit.trace(skipped, *given, names=("ids", "weights", "kept"))
     block.ids_user.replace_input_with(block.ids, ids)
     block.weights_user.replace_input_with(block.weights, weights)
     assert block.order is not None, "rows are sorted"
@@ -79,6 +82,55 @@ def skip_pairs(
     graph.erase_node(end)
     for user in later:
         user.replace_input_with(block.weighted, computed)
+    return cast("fx.Node", kept)
+
+
+def bypass_experts(
+    stage: Stage,
+    block: ExpertBlock,
+    classes: fx.Node,
+    kind: int,
+    ctx: PassContext,
+    *,
+    prefix: str,
+    normed_input: bool,
+) -> None:
+    """Leave the routed experts of a block out for the tokens of one class.
+
+    Args:
+        classes: of all tokens, int64 ``[batch, tokens]``; ``kind``: the class.
+        normed_input: their result is what the experts read, and not zero.
+    """
+    graph = stage.graph
+    result = _summed(block)
+    users = list(result.users)
+    with graph.inserting_after(result):
+        end = graph.call_function(aten.alias.default, (result,))
+
+    def replaced(result: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
+        instead = rows.to(result.dtype) if normed_input else torch.zeros_like(result)
+        return torch.where((classes == kind).reshape(-1, 1), instead, result)
+
+    with graph.inserting_before(end):
+        emit = Emitter.of_pass(ctx, stage, block.weighted, prefix)
+        given = result, block.rows, classes
+        bypassed = emit.trace(replaced, *given, names=("bypassed",))
+    graph.erase_node(end)
+    for user in users:
+        user.replace_input_with(result, bypassed)
+
+
+def _summed(block: ExpertBlock) -> fx.Node:
+    """The sum over the experts of each token, ``[tokens, width]``."""
+    below = reached([block.weighted], lambda node: () if _sums(node) else node.users)
+    for node in sorted(below):
+        if _sums(node) and list(node.meta["val"].shape) == list(block.rows.meta["val"].shape):
+            return node
+    raise ExpertMismatchError("the experts' results are not summed up", node=block.weighted)
+
+
+def _sums(node: fx.Node) -> bool:
+    return node.target is aten.sum.dim_IntList
 
 
 def _computed_rows(rows: Tensor, order: Tensor, experts: int) -> Tensor:

@@ -20,6 +20,7 @@ class RaggedCache(DynamicCache):
         kept: for each cut, int64 ``[batch, kept]``: slots of the prompt that its layers hold.
         seen: tokens seen so far, dropped ones included.
         made_by: the specialisation that made this cache and continues from it.
+        reported: further values that a pass made the prefill give, by name of the port.
     """
 
     def __init__(self, kept: dict[str, torch.Tensor], seen: int, made_by: Specialisation) -> None:
@@ -27,6 +28,7 @@ class RaggedCache(DynamicCache):
         self.kept = kept
         self.seen = seen
         self.made_by = made_by
+        self.reported: dict[str, torch.Tensor] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far: positions and masks count the dropped ones too."""

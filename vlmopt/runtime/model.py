@@ -136,12 +136,16 @@ class Specialisation:
             role: [] for role in (Role.HIDDEN_STATES, Role.LOGITS, Role.KEY, Role.VALUE)
         }
         kept: dict[str, torch.Tensor] = {}
+        reported: dict[str, torch.Tensor] = {}
         for port, value in zip(stage.outputs, results, strict=True):
             if port.role is Role.KEPT:
                 kept[f"{port.name}_slots"] = value
+            elif port.role is Role.COUNTS:
+                reported[port.name] = value
             elif port.role in by_role:
                 by_role[port.role].append(value)
         cache = RaggedCache(kept, stage.facts["tokens"], self)
+        cache.reported = reported
         for layer, pair in enumerate(zip(by_role[Role.KEY], by_role[Role.VALUE], strict=True)):
             cache.update(*pair, layer)
         return (by_role[Role.HIDDEN_STATES] + by_role[Role.LOGITS])[0], cache
