@@ -85,6 +85,7 @@ class Cut:
         slots: the tokens that stay, by slot of the prompt, where they are the same for every
             prompt that the program is for; else empty.
         until: layer before which the tokens come back, ``None`` where they are gone for good.
+        fillers: fewer visual tokens than ``visual`` says may be left; others stand in for them.
     """
 
     layer: int
@@ -95,6 +96,7 @@ class Cut:
     renumbered: bool = False
     slots: tuple[int, ...] = ()
     until: int | None = None
+    fillers: bool = False
 
     def covers(self, layer: int) -> bool:
         """Whether ``layer`` runs on the tokens that this cut left, or on fewer."""

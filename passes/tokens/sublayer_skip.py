@@ -103,6 +103,12 @@ class SublayerSkip(Pass):
                 )
         for place in self.skip:
             layer = int(place)
+            if modality_of_tokens(stage, layer).fillers:
+                raise PreconditionError(
+                    f"{self.name} cannot skip {place}: how many tokens {stage.cuts[-1].made_by} "
+                    "leaves there depends on the prompt",
+                    hint="skip halves of layers before that cut",
+                )
             if place % 0.5 or layer >= len(layers):
                 raise PreconditionError(
                     f"{self.name} cannot skip {place}: stage {stage.name} has layers 0 to "

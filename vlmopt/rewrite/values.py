@@ -167,20 +167,38 @@ def _mean_attention(
     return (rows.mean(1) * weights[..., None]).sum(1)
 
 
+def _mean_logits(query: Tensor, key: Tensor, scale: Any) -> Tensor:
+    """Mean over heads of the scaled products of one row: float32 ``[batch, tokens]``."""
+    rows, keys = query.float().transpose(1, 2), key.float()
+    groups = rows.shape[2] // keys.shape[1]
+    mean = rows.unflatten(2, (keys.shape[1], groups)).mean(3)
+    product = torch.einsum("brkd,bktd->bt", mean, keys) / keys.shape[1]
+    return product * (scale if scale is not None else keys.shape[-1] ** -0.5)
+
+
+def _last_logits(values: CutValues) -> fx.Node:
+    attention = values.previous_attention()
+    slots, _, _ = _rows(values, "last")
+    query, key = attention.args[:2]
+    row = values.emit.trace(_take_rows, query, slots)
+    given = (row, key, attention.kwargs.get("scale"))
+    result: fx.Node = values.emit.trace(_mean_logits, *given, names=("logits",))
+    return result
+
+
+def _take_rows(query: Tensor, slots: Tensor) -> Tensor:
+    index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index)
+
+
 def _behind(which: str) -> Callable[[CutValues], fx.Node]:
     """Attention that rows paid in the layer before the cut."""
 
     def compute(values: CutValues) -> fx.Node:
         attention = values.previous_attention()
         slots, weights, _ = _rows(values, which)
-        emit = values.emit
-
-        def take(query: Tensor, slots: Tensor) -> Tensor:
-            index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-            return query.gather(2, index)
-
         query, key = attention.args[:2]
-        rows = emit.trace(take, query, slots)
+        rows = values.emit.trace(_take_rows, query, slots)
         return _score_rows(values, attention, rows, key, slots, weights)
 
     return compute
@@ -394,6 +412,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "previous_hidden": lambda values: values.entry(values.layer - 1),
     "previous_keys": _previous_keys,
     "last_attention": _behind("last"),
+    "last_logits": _last_logits,
     "last_attention_ahead": _ahead("last"),
     "instruction_attention_ahead": _ahead("instruction"),
     "instruction_logits_unrotated": _unrotated_logits,
@@ -411,7 +430,8 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
 - ``previous_keys``: keys of the layer before, after RoPE, ``[batch, tokens, key heads * head]``;
 - ``last_attention``: attention of each sample's last token in the layer before, mean over heads,
   float32 ``[batch, tokens]``;
-- ``last_attention_ahead``: the same in the layer at whose entry the cut is, before the cut;
+- ``last_logits``: the products of query and keys behind it, scaled, mean over heads, float32;
+- ``last_attention_ahead``: the attention in the layer at whose entry the cut is, before the cut;
 - ``instruction_attention_ahead``: the same, mean over the text after the last visual token;
 - ``instruction_logits_unrotated``: mean query of that text times each key of the layer at whose
   entry the cut is, without rotary positions, scaled, float32 ``[batch, tokens, heads]``;
