@@ -157,6 +157,14 @@ class Stage:
                 return node  # type: ignore[return-value]
         raise KeyError(f"stage {self.name} has no output {name}")
 
+    def add_output(self, port: Port, node: fx.Node) -> None:
+        """Let a value leave the stage, behind the other outputs; the graph is made callable."""
+        output = self.graph.output_node()
+        output.args = ((*output.args[0], node),)  # type: ignore[misc]
+        self.outputs = (*self.outputs, port)
+        self.graph.lint()
+        self.graph_module.recompile()
+
     def fake_mode(self) -> torch._subclasses.FakeTensorMode:
         """The mode that made the fake tensors in this graph's metadata."""
         for node in self.graph.nodes:

@@ -144,14 +144,10 @@ def _encoder_output(
             with encoder.graph.inserting_before(anchor):
                 results.append(_COMPUTE[name](emitter(node), node, special))
             encoder.graph.erase_node(anchor)
-        output = encoder.graph.output_node()
-        with encoder.graph.inserting_before(output):
+        with encoder.graph.inserting_before(encoder.graph.output_node()):
             emit = emitter(attentions[-1])
             whole = emit.trace(lambda *parts: torch.cat(parts), *results, names=(name,))
-        output.args = ((*output.args[0], whole),)  # type: ignore[misc]
-        encoder.outputs = (*encoder.outputs, Port(port, Role.ENCODED))
-        encoder.graph.lint()
-        encoder.graph_module.recompile()
+        encoder.add_output(Port(port, Role.ENCODED), whole)
     return tuple(encoder.output_node(port).meta["val"].shape[1:])
 
 

@@ -480,7 +480,7 @@ def _mask_causal(axes: TokenAxes, emit: Emitter, slots: fx.Node, valid: fx.Node)
 
 
 def _causal_mask(slots: Tensor, valid: Tensor) -> Tensor:
-    """bool ``[batch, 1, length, length]``; a filler sees itself, for no row may see nothing."""
+    """A filler sees itself, for no row may see nothing: bool ``[batch, 1, length, length]``."""
     place = torch.arange(slots.shape[1], device=slots.device)
     own = place == place[:, None]
     return ((place <= place[:, None]) & (valid[:, None] | own))[:, None]

@@ -99,7 +99,7 @@ class CutValues:
         return attention_of(self.layers, self.layer - 1)
 
 
-def _last_row(modality: Tensor) -> tuple[Tensor, Tensor]:
+def last_row(modality: Tensor) -> tuple[Tensor, Tensor]:
     """Slot and weight of the last token of each sample that is not padding: ``[batch, 1]``."""
     place = torch.arange(modality.shape[1], device=modality.device)
     real = torch.where(modality != Modality.PADDING, place, -1)
@@ -131,7 +131,7 @@ def _instruction_rows(modality: Tensor, count: Any) -> tuple[Tensor, Tensor]:
 def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     """Slots, weights and number of some query rows."""
     if which == "last":
-        slots, weights = values.emit.trace(_last_row, values.modality, names=("row", "weight"))
+        slots, weights = values.emit.trace(last_row, values.modality, names=("row", "weight"))
         return slots, weights, 1
     tokens = values.modality.meta["val"].shape[1]
     # a sample whose image ends its prompt needs one row more than it has text
