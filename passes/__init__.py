@@ -17,6 +17,7 @@ PASSES = {
     "vlm-pruner": "vlmopt.passes.tokens.vlm_pruner:VlmPruner",
     "stride-drop": "vlmopt.passes.tokens.stride_drop:StrideDrop",
     "hilo-prune": "vlmopt.passes.tokens.hilo_prune:HiLoPrune",
+    "bg-prune": "vlmopt.passes.tokens.bg_prune:BackgroundPrune",
     "comprehension-prune": "vlmopt.passes.tokens.comprehension_prune:ComprehensionPrune",
     "visionzip": "vlmopt.passes.tokens.visionzip:VisionZip",
     "score": "vlmopt.passes.tokens.score:SCoRe",

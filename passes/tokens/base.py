@@ -276,7 +276,9 @@ class TokenDrop(Pass):
         base = original if self.of == "original" else modality.visual
         quotas = [
             min(quota, present)
-            for quota, present in zip(self.quotas(base, keep), modality.visual, strict=True)
+            for quota, present in zip(
+                self.quotas(program, base, keep), modality.visual, strict=True
+            )
         ]
         site = CutSite(
             stage,
@@ -441,7 +443,7 @@ class TokenDrop(Pass):
         _, slots, _, _ = self._choose(one, modality, length, lambda: quota, {})
         return tuple(slots[0].tolist())
 
-    def quotas(self, counts: Sequence[int], keep: float | int) -> list[int]:
+    def quotas(self, program: Program, counts: Sequence[int], keep: float | int) -> list[int]:
         """Visual tokens that each sample keeps of ``counts``."""
         return [self.quota(count, keep) for count in counts]
 

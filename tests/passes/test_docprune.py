@@ -14,6 +14,7 @@ from oracles.reduced import ReducedOracle
 import vlmopt
 from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.passes.tokens import page, select
 from vlmopt.passes.tokens.comprehension_prune import ComprehensionPrune
 
 
@@ -108,3 +109,42 @@ class TestComprehension:
         assert method.passing(score)[0].tolist() == [False, True, True, False, False]
         even = method.score(torch.zeros(1, 5), visual)
         torch.testing.assert_close(even[visual], torch.ones(3))
+
+
+MERGE = {"smolvlm": 2, "internvl": 2, "qwen2_vl": 2, "qwen3_vl": 2, "glm4v": 2}
+SIZE = {"llava": 32, "gemma3": 32, "vipllava": 32}
+NORMALISED = "mean=0.5,0.5,0.5 std=0.25,0.25,0.25"
+
+
+def prompt(family: str, seed: int = 0, **options: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Three pages, and the inputs that hold them."""
+    sheets = docprune.pages(3, SIZE.get(family, 64), seed)
+    inputs = zoo.inputs(family, batch=3, **options)
+    inputs["pixel_values"] = docprune.pixel_values(family, sheets, 0.5, 0.25)
+    return sheets, inputs
+
+
+def of_background(
+    sheets: torch.Tensor, merge: int, tau_bg: float, most: int
+) -> list[list[tuple[int, int]]]:
+    stay = []
+    for sheet in sheets:
+        shares = docprune.ink(sheet, 1.0)
+        passing = [[share <= tau_bg for share in row] for row in shares]
+        score = [[-share for share in row] for row in shares]
+        stay.append(docprune.groups(passing, score, merge, most))
+    return stay
+
+
+class TestBackground:
+    @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2_vl", "qwen3_vl"])
+    def test_it_equals_its_eager_reference(self, family: str) -> None:
+        sheets, inputs = prompt(family)
+        merge = MERGE.get(family, 1)
+        stay = of_background(sheets, merge, 0.5, 8)
+        assert len({len(kept) for kept in stay}) > 1
+        assert max(map(len, stay)) == 8
+        side = sheets.shape[1] // 8
+        oracle = docprune.PrunedOracle(zoo.build(family), inputs, family, stay, side, merge)
+        text = f"bg-prune{{tau_bg=0.5 keep=0.5 {NORMALISED}}}"
+        check(zoo.build(family), inputs, text, oracle)

@@ -31,6 +31,9 @@ FEATURES = "features"
 PIXELS = "pixels"
 """Pixels of the patches that a token is made of: of the encoder's input."""
 
+KEPT = "kept"
+"""Whether patches stayed in the encoder: 1, or -1 where they were dropped; 0 for tokens of none."""
+
 
 def encoding_of(program: Program) -> dict[str, Any]:
     """What capture found between encoder and prompt: facts ``block``, ``rows``, ``projector``.
@@ -62,7 +65,8 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
     """The input of the language model that holds a value of the encoder, made if need be.
 
     Args:
-        name: ``attention``, ``keys``, ``features`` or ``pixels``.
+        name: ``attention``, ``keys``, ``features`` or ``pixels``; or ``kept``, where a pass has
+            dropped patches in the encoder.
 
     Returns:
         Its placeholder: float32 ``[batch, tokens]`` or ``[batch, tokens, width]`` over the whole
@@ -117,8 +121,8 @@ def _encoder_output(
     known = [one for one in encoder.outputs if one.name == port]
     if not known and encoder.facts.get("merges"):
         raise PreconditionError(
-            f"{encoder.facts['merges'][0]['by']} has merged patches in the encoder: what a patch "
-            "of its own would get there is not known any more",
+            f"{encoder.facts['merges'][0]['by']} has merged or dropped patches in the encoder: "
+            "what a patch of its own would get there is not known any more",
             hint="leave out one of the two",
         )
     if not known:

@@ -144,8 +144,8 @@ def cut_tokens(
             index = places if site.renumber and carries_positions(value) else slots
             with graph.inserting_before(later_of(graph, value, anchor)):
                 fewer = gather(value, dims, f"gather_{value.name}", index)
-                if ragged and _is_mask(axes, value):
-                    fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
+                if ragged and is_mask(axes, value):
+                    fewer = emit.trace(mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
             frontier[value] = fewer
         if ragged:
             with graph.inserting_before(anchor):
@@ -360,7 +360,7 @@ def kept_slots(slots: Tensor, valid: Tensor | None, earlier: Tensor | None = Non
     return original if valid is None else torch.where(valid, original, -1)
 
 
-def _mask_fillers(mask: Tensor, valid: Tensor) -> Tensor:
+def mask_fillers(mask: Tensor, valid: Tensor) -> Tensor:
     """An attention mask ``[batch, ..., keys]`` that hides fillers too."""
     visible = valid.view(valid.shape[0], *[1] * (mask.ndim - 2), valid.shape[1])
     if mask.dtype == torch.bool:
@@ -376,7 +376,7 @@ def _slots_in_decode(kept: Tensor, seen: Any, prompt: int, new: int) -> Tensor:
 
 def _mask_decode_fillers(mask: Tensor, kept: Tensor, slots: Tensor) -> Tensor:
     rest = torch.ones_like(slots[:, kept.shape[1] :], dtype=torch.bool)
-    return _mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
+    return mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
 
 
 def modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
@@ -447,7 +447,7 @@ def _outputs_on_kept(stage: Stage, axes: TokenAxes, kept: str) -> tuple[Port, ..
     return tuple(ports)
 
 
-def _is_mask(axes: TokenAxes, value: fx.Node) -> bool:
+def is_mask(axes: TokenAxes, value: fx.Node) -> bool:
     """Whether attention takes a frontier value, or a view of it, as its mask."""
     stack, seen = [value], set()
     while stack:

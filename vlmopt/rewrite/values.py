@@ -421,6 +421,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "encoded_keys": encoded("keys"),
     "encoded_features": encoded("features"),
     "encoded_pixels": encoded("pixels"),
+    "encoded_kept": encoded("kept"),
     "encoded_features_or_hidden": _features_or_hidden,
 }
 """By name; tokens along the second dimension, unless said otherwise:
@@ -441,6 +442,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
 - ``encoded_keys``: keys of that block, mean over heads and patches, float32;
 - ``encoded_features``: what the projector makes a token of, float32;
 - ``encoded_pixels``: pixels of a token's patches, float32;
+- ``encoded_kept``: 1 where its patches stayed in the encoder, -1 where they did not, float32;
 - ``encoded_features_or_hidden``: the same, or ``hidden`` where tokens are made of several rows;
 - ``text_mean``: mean of the residual stream over all text, float32 ``[batch, width]``.
 """
