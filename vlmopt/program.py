@@ -40,6 +40,11 @@ class Role(StrEnum):
     ENCODED = "encoded"
     """Of the vision encoder: ``[rows, ...]`` as it leaves that stage; brought into the order of the
     prompt, ``[batch, tokens, ...]``, where the language model takes it."""
+    RETRIEVED_QUESTION = "retrieved_question"
+    """Embeddings by a retriever of each sample's question, ``[batch, tokens, width]``; an input of
+    the vision encoder."""
+    RETRIEVED_PAGE = "retrieved_page"
+    """Embeddings by a retriever of each image, ``[images, patches of the retriever, width]``."""
     HIDDEN_STATES = "hidden_states"
     LOGITS = "logits"
     OTHER = "other"
@@ -156,6 +161,16 @@ class Stage:
             if candidate.name == name:
                 return node  # type: ignore[return-value]
         raise KeyError(f"stage {self.name} has no output {name}")
+
+    def add_input(self, port: Port, *shape: int) -> fx.Node:
+        """Let a float32 tensor enter the stage, behind the other inputs; its placeholder."""
+        known = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(known[-1]):
+            node = self.graph.placeholder(port.name)
+        with self.fake_mode():
+            node.meta["val"] = torch.empty(*shape, device=known[0].meta["val"].device)
+        self.inputs = (*self.inputs, replace(port, name=node.name))
+        return node
 
     def add_output(self, port: Port, node: fx.Node) -> None:
         """Let a value leave the stage, behind the other outputs; the graph is made callable."""

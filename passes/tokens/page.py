@@ -61,3 +61,72 @@ def foreground(gray: Tensor, tau_e: float, tau_bg: float) -> tuple[Tensor, Tenso
     count, pixels = background(gray, tau_e), gray.shape[-1]
     limit = math.floor(Fraction(str(tau_bg)) * pixels)  # shares as whole numbers: exact
     return (pixels - count).float(), count <= limit
+
+
+def similarity(pages: Tensor, questions: Tensor) -> Tensor:
+    """Cosine of each patch with each token of the question, summed over these.
+
+    Args:
+        pages: ``[pages, patches, width]``.
+        questions: ``[pages, tokens, width]``, zeros behind a shorter one.
+
+    Returns:
+        float32 ``[pages, patches]``; twice as much for a question said twice.
+    """
+    unit = torch.nn.functional.normalize
+    whole = unit(questions.float(), dim=-1).sum(1, keepdim=True)
+    return (unit(pages.float(), dim=-1) * whole).sum(-1)
+
+
+def resized(values: Tensor, rows: int, columns: int, sigma: float) -> Tensor:
+    """A map of the page on another grid: bilinear, then smoothed.
+
+    Args:
+        values: float32 ``[pages, rows, columns]``.
+        sigma: of the Gaussian, in patches; 0 for none. It ends three away, and goes on with the
+            outermost values beyond the border.
+
+    Returns:
+        float32 ``[pages, rows, columns]`` of the other grid.
+    """
+    sizes = zip(values.shape[1:], (rows, columns), strict=True)
+    down, across = (
+        torch.tensor(_resizing(have, want, sigma), device=values.device) for have, want in sizes
+    )
+    return down @ values @ across.T
+
+
+_RADIUS = 3
+
+
+def _resizing(have: int, want: int, sigma: float) -> list[list[float]]:
+    """:func:`resized` of one direction as a matrix, of numbers alone: ``[want][have]``."""
+    linear = [[0.0] * have for _ in range(want)]
+    for at in range(want):
+        place = min(max((at + 0.5) * have / want - 0.5, 0.0), have - 1.0)
+        low = int(place)
+        linear[at][low] += 1 - (place - low)
+        linear[at][min(low + 1, have - 1)] += place - low
+    if not sigma:
+        return linear
+    steps = range(-_RADIUS, _RADIUS + 1)
+    weight = [math.exp(-0.5 * (step / sigma) ** 2) for step in steps]
+    smooth = [[0.0] * have for _ in range(want)]
+    for at in range(want):
+        for step, share in zip(steps, weight, strict=True):
+            source = linear[min(max(at + step, 0), want - 1)]
+            for column, value in enumerate(source):
+                smooth[at][column] += share / sum(weight) * value
+    return smooth
+
+
+def by_token(values: Tensor, side: int) -> Tensor:
+    """A map of patches by token: ``[pages, tokens, side * side]``, both row by row.
+
+    Args:
+        values: ``[pages, rows, columns]``.
+        side: patches of a token in each direction.
+    """
+    pages, rows, columns = values.shape
+    squares = values.view(pages, rows // side, side, columns // side, side)
+    return squares.transpose(2, 3).reshape(pages, -1, side * side)

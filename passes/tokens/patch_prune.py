@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
+import torch
 from torch import Tensor, fx
 
 from vlmopt.analysis.modality import token_stage
-from vlmopt.errors import PreconditionError
+from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.graph.causal import drop_constant_masks
-from vlmopt.passes.tokens import select
+from vlmopt.passes.tokens import page, select
 from vlmopt.passes.tokens.base import TokenDrop
-from vlmopt.pipeline.options import override
+from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext, PassResult
-from vlmopt.program import Program, Role
+from vlmopt.program import Port, Program, Role
+from vlmopt.rewrite.encoded import encoding_of
 from vlmopt.rewrite.patches import Patches, find_patches
 from vlmopt.rewrite.pruning import prune_patches
 
@@ -55,7 +55,7 @@ class PatchPrune(TokenDrop):
         return False
 
     def requires(self, program: Program) -> None:
-        find_patches(program)
+        encoding_of(program)
         stage = program["vision_encoder"]
         if stage.facts.get("merges"):
             raise PreconditionError(
@@ -69,6 +69,7 @@ class PatchPrune(TokenDrop):
                 "patch gets there",
                 hint="leave out one of the two",
             )
+        find_patches(program)
         super().requires(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
@@ -85,7 +86,9 @@ class PatchPrune(TokenDrop):
         choose = partial(self.choose, patches, count)
         before = patches.rows, patches.special + count * patches.members
         prune_patches(patches, count, choose, self.given(patches, ctx), ctx, prefix=self.name)
-        room = room_of(patches, count, token_stage(program).facts["visual_tokens"])
+        room = list(token_stage(program).facts["visual_tokens"])
+        for sample, tokens in zip(patches.samples, patches.tokens, strict=True):
+            room[sample] -= len(tokens) - count  # those of no patch, such as line ends, stay
         done = {"block": 0, "tokens": list(before), "by": ctx.spec, "room": room}
         program["vision_encoder"].facts["merges"] = [done]
         return {}
@@ -111,16 +114,49 @@ class PatchPrune(TokenDrop):
         return score >= 0
 
 
-def room_of(patches: Patches, count: int, visual: Sequence[int]) -> list[int]:
-    """Visual tokens of each sample that stay, at most: ``count`` of each image.
+@dataclass(frozen=True, kw_only=True)
+class Question(PatchPrune):
+    """Base of the methods that ask a retriever which patches have to do with the question."""
 
-    Tokens that no patch is part of, such as line ends, all stay.
+    sigma: float = option(1.0, "of the Gaussian that smooths similarities, in patches", ge=0)
+    retriever: tuple[int, ...] = option(
+        (32, 32, 128), "rows and columns of the retriever's patches, width of its embeddings", ge=1
+    )
+    question: int = option(32, "tokens of a question, at most", ge=1)
+    size: tuple[int, ...] = option(
+        (), "rows and columns of an image's tokens, where that is neither a square nor known", ge=1
+    )
 
-    Args:
-        visual: tokens of each sample.
-    """
-    ends = list(accumulate(visual))
-    room = list(visual)
-    for tokens in patches.tokens:
-        room[bisect_right(ends, tokens[0])] -= len(tokens) - count
-    return room
+    def requires(self, program: Program) -> None:
+        for name, length in (("retriever", (3,)), ("size", (0, 2))):
+            if len(getattr(self, name)) not in length:
+                raise OptionError(
+                    f"{self.name}: option {name} has {len(getattr(self, name))} values",
+                    hint=f"give {length[-1]}, such as {name}={'32,32,128'[: 3 * length[-1] - 1]}",
+                )
+        super().requires(program)
+        find_patches(program).grid(self.size)
+
+    def retrieved(self, patches: Patches, ctx: PassContext) -> list[fx.Node]:
+        """What the retriever says of questions and pages: new inputs of the encoder."""
+        rows, columns, width = self.retriever
+        samples = max(patches.samples) + 1
+        nodes = [
+            patches.stage.add_input(
+                Port("retrieved_question", Role.RETRIEVED_QUESTION), samples, self.question, width
+            ),
+            patches.stage.add_input(
+                Port("retrieved_page", Role.RETRIEVED_PAGE), patches.images, rows * columns, width
+            ),
+        ]
+        for node in nodes:
+            ctx.stamp(node, 1)
+        return nodes
+
+    def similarity(self, patches: Patches, question: Tensor, pages: Tensor) -> Tensor:
+        """Of each patch with the question: float32 ``[images, tokens, patches of a token]``."""
+        rows, columns, _ = self.retriever
+        asked = question[torch.tensor(patches.samples, device=question.device)]
+        found = page.similarity(pages, asked).view(patches.images, rows, columns)
+        whole = page.resized(found, *patches.grid(self.size), self.sigma)
+        return page.by_token(whole, patches.side)

@@ -144,7 +144,28 @@ def groups(
     return good[:most] or ranked[:1]
 
 
-class PrunedOracle(ReducedOracle):
+def relevance(
+    page: torch.Tensor, question: torch.Tensor, grid: tuple[int, int], side: int, sigma: float
+) -> list[list[float]]:
+    """Similarity of each patch with the question.
+
+    Args:
+        page: ``[patches of the retriever, width]``; ``grid`` has their rows and columns.
+        question: ``[tokens, width]``.
+        side: of the page, in patches of the encoder.
+    """
+    total = [sum(float(torch.cosine_similarity(e, q, dim=0)) for q in question) for e in page]
+    whole = torch.tensor(total).view(1, 1, *grid)
+    resized = torch.nn.functional.interpolate(whole, (side, side), mode="bilinear")
+    ramp = torch.arange(-3.0, 4.0)
+    bell = (-(ramp**2) / (2 * sigma**2)).exp()
+    kernel = torch.outer(bell, bell) / bell.sum() ** 2
+    padded = torch.nn.functional.pad(resized, (3, 3, 3, 3), mode="replicate")
+    smooth = torch.nn.functional.conv2d(padded, kernel[None, None])
+    return smooth[0, 0].tolist()  # type: ignore[no-any-return]
+
+
+class PrunedOracle(ReducedOracle):  # type: ignore[misc]
     """The untouched model with patches hidden from its vision encoder, and tokens behind it.
 
     Args:

@@ -90,14 +90,9 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
         width = (_pixels_of_token(facts),)
     else:
         width = _encoder_output(program["vision_encoder"], facts, name, ctx)
-    graph = stage.graph
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        node = graph.placeholder(port)
-    batch, tokens = stage.facts["batch"], stage.facts["tokens"]
-    with stage.fake_mode():
-        node.meta["val"] = torch.empty(batch, tokens, *width)
+    whole = stage.facts["batch"], stage.facts["tokens"], *width
+    node = stage.add_input(Port(port, Role.ENCODED), *whole)
     ctx.stamp(node, 1)
-    stage.inputs = (*stage.inputs, Port(node.name, Role.ENCODED))
     return node
 
 

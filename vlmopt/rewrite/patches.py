@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, fx
 
 from vlmopt.analysis.encoder import special_tokens
 from vlmopt.analysis.layers import Layers, find_layers
+from vlmopt.analysis.modality import token_stage
 from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import is_causal
 from vlmopt.program import Program, Stage
@@ -31,6 +35,7 @@ class Patches:
         groups: for each image, rows of each token that it becomes part of, in order of the tokens:
             ``[images][tokens][patches of a token]``.
         tokens: number of each of these tokens among the visual tokens of the batch.
+        samples: for each image the sample that its tokens belong to.
         pixels: name of the input that holds the images; ``None`` where patches are no rectangles
             side by side.
         first, offsets: as in :func:`vlmopt.encoding._pixels_of_rows`.
@@ -43,6 +48,7 @@ class Patches:
     special: int
     groups: tuple[tuple[tuple[int, ...], ...], ...]
     tokens: tuple[tuple[int, ...], ...]
+    samples: tuple[int, ...]
     pixels: str | None
     first: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -68,6 +74,32 @@ class Patches:
         if side * side != self.members:
             raise PreconditionError(f"{self.members} patches of a token are no square")
         return side
+
+    def grid(self, given: Sequence[int] = ()) -> tuple[int, int]:
+        """Rows and columns of the patches of an image, which become tokens row by row.
+
+        Args:
+            given: where they are known; else what the shape of the images tells, or a square.
+
+        Raises:
+            PreconditionError: there are not so many patches.
+        """
+        count, side = len(self.tokens[0]) * self.members, self.side
+        rows = given[0] * side if given else math.isqrt(count)
+        if not given and self.pixels is not None:
+            shape = self.stage.placeholder(self.pixels).meta["val"].shape
+            if len(shape) >= 4 and shape[0] == self.images:
+                height, width = shape[-2:]
+                tops = {place % (height * width) // width for place in self.first if place >= 0}
+                rows = len(tops)
+        columns = given[1] * side if given else count // max(1, rows)
+        if rows * columns != count or rows % side or columns % side:
+            raise PreconditionError(
+                f"{count // self.members} tokens of an image, of {side} by {side} patches each, "
+                f"form no grid of {rows} by {columns} patches",
+                hint="give rows and columns of its tokens, such as size=12,16",
+            )
+        return rows, columns
 
     def images_input(self) -> fx.Node:
         """The input that holds the images.
@@ -129,6 +161,7 @@ def find_patches(program: Program) -> Patches:
             hint="batch prompts with images of one size that need no padding",
         )
     pixels: dict[str, Any] = facts["pixels"] or {}
+    ends = list(accumulate(token_stage(program).facts["visual_tokens"]))
     return Patches(
         stage,
         layers,
@@ -137,6 +170,7 @@ def find_patches(program: Program) -> Patches:
         special_tokens(stage, layers),
         tuple(groups),
         tuple(numbers),
+        tuple(bisect_right(ends, of_image[0]) for of_image in numbers),
         pixels.get("input"),
         tuple(pixels.get("first", ())),
         tuple(pixels.get("offsets", ())),

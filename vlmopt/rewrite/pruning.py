@@ -81,9 +81,9 @@ def prune_patches(
     with graph.inserting_before(anchor):
         visible = emit.call(aten.view.default, valid, [patches.images, 1, 1, length], name="mask")
     for node in patches.layers.of:
-        if node.target is aten.scaled_dot_product_attention.default:
-            if attention_mask(node) is None:
-                replace_mask(node, visible)
+        attends = node.target is aten.scaled_dot_product_attention.default
+        if attends and attention_mask(node) is None:
+            replace_mask(node, visible)
     shorten_region(axes, emit, starts={entry: shorter}, length=length, frontier=frontier)
     for alias in exits:
         if alias in axes.dims:

@@ -16,6 +16,8 @@ from vlmopt.errors import PreconditionError
 from vlmopt.program import Program, Role, Stage
 from vlmopt.rewrite.encoded import FEATURES, PIXELS
 
+RETRIEVED = (Role.RETRIEVED_QUESTION, Role.RETRIEVED_PAGE)
+
 Compile = Callable[[Stage], Callable[..., tuple[Tensor, ...]]]
 
 
@@ -25,6 +27,11 @@ class EncoderStage:
     def __init__(self, program: Program, compile_stage: Compile) -> None:
         self.stage = program["vision_encoder"]
         self._run = compile_stage(self.stage)
+        self.retrieved = {
+            port.name: tuple(self.stage.placeholder(port).meta["val"].shape)
+            for port in self.stage.inputs
+            if port.role in RETRIEVED
+        }
         self.wanted = [
             port.name.removeprefix("encoded_")
             for port in program["language_model"].find_inputs(Role.ENCODED)
@@ -40,12 +47,15 @@ class EncoderStage:
             self._first = torch.tensor(self._pixels["first"])
             self._offsets = torch.tensor(self._pixels["offsets"])
 
-    def encode(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+    def encode(
+        self, module: nn.Module, given: dict[str, Any], retrieved: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Outputs of the stage by name.
 
         Args:
             module: the encoder; what its inputs leave to be computed is computed by its own code.
             given: keyword arguments of its forward.
+            retrieved: embeddings of a retriever, where a pass reads them.
 
         Raises:
             PreconditionError: other shapes than those captured.
@@ -54,6 +64,7 @@ class EncoderStage:
         with torch.no_grad():
             precompute_export_inputs(module, inputs)
         values = dict(named_tensors(inputs))
+        values |= {name: self._retrieved(name, retrieved.get(name)) for name in self.retrieved}
         for port in self.stage.inputs:
             wanted = tuple(self.stage.placeholder(port).meta["val"].shape)
             found = values.get(port.name)
@@ -70,6 +81,25 @@ class EncoderStage:
         if PIXELS in self.wanted:
             outputs[PIXELS] = values[self._pixels["input"]]
         return outputs
+
+    def _retrieved(self, name: str, value: Tensor | None) -> Tensor:
+        """Embeddings of a retriever; a shorter question gets zeros behind it."""
+        wanted = self.retrieved[name]
+        if value is None:
+            raise PreconditionError(
+                f"this model drops patches by the question, and there is no {name} {list(wanted)}",
+                hint=f"give forward or generate {name}=..., the embeddings of a retriever",
+            )
+        value = value.float()
+        missing = wanted[1] - value.shape[1] if value.ndim == 3 else 0
+        if name == Role.RETRIEVED_QUESTION and missing > 0:
+            value = torch.nn.functional.pad(value, (0, 0, 0, missing))
+        if tuple(value.shape) != wanted:
+            raise PreconditionError(
+                f"{name} is {list(value.shape)}, and the pass was told of {list(wanted)}",
+                hint="see its options retriever and question",
+            )
+        return value
 
     def tokens(
         self, outputs: Mapping[str, Tensor], features: Tensor | None, modality: Tensor

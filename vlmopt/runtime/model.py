@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -27,7 +27,7 @@ from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
-from vlmopt.runtime.encoder import EncoderStage, OutputForm, bind, runs_encoder
+from vlmopt.runtime.encoder import RETRIEVED, EncoderStage, OutputForm, bind, runs_encoder
 from vlmopt.tracing import capture, layout_of, modality_of, submodules
 
 _log = logging.getLogger("vlmopt")
@@ -60,6 +60,8 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
         raise OptionError(
             f"there is no backend {backend!r}", hint=f"choose one of {', '.join(BACKENDS)}"
         )
+    if isinstance(inputs, Mapping):
+        inputs = {name: value for name, value in inputs.items() if name not in RETRIEVED}
     program = capture(model, inputs)
     report = run_pipeline(program, passes)
     if "model" in program:
@@ -183,12 +185,14 @@ class _Prompt:
         specialisation: the graphs for it, ``None`` when it holds no visual tokens.
         encoded: what the encoder stage gave.
         features: what entered the projector.
+        retrieved: embeddings of a retriever.
     """
 
     modality: torch.Tensor
     specialisation: Specialisation | None
     encoded: dict[str, torch.Tensor] | None = None
     features: torch.Tensor | None = None
+    retrieved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -214,6 +218,7 @@ class Engine:
         self.specialisations: dict[_Key, Specialisation] = {}
         self._fixed = False  # whether graphs are made for one layout of prompts
         self._sized = False  # whether graphs are made for one size of images
+        self._retrieved: tuple[str, ...] = ()  # arguments that only a rewritten encoder takes
         self._running = threading.local()
         parts = submodules(model)
         self._encoder, projector = parts.get("vision_encoder"), parts.get("projector")
@@ -234,6 +239,9 @@ class Engine:
         # encoded beforehand, images would not be there for the prompt that they belong to
         self.twin._supports_mm_encoder_outputs = lambda: (
             bool(self.specialisations) and not self._sized and model._supports_mm_encoder_outputs()
+        )
+        self.twin._validate_model_kwargs = lambda given: model._validate_model_kwargs(
+            {name: value for name, value in given.items() if name not in self._retrieved}
         )
         self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
         self.twin.train = self._train
@@ -261,6 +269,7 @@ class Engine:
         made = Specialisation(program, report, self.backend)
         self._fixed = any(cut.slots for cut in made.prefill_stage.cuts)
         self._sized = made.encoder is not None
+        self._retrieved = tuple(made.encoder.retrieved) if made.encoder is not None else ()
         visual = families.visual_token_ids(self.model.config)
         modality = modality_of(inputs["input_ids"], inputs.get("attention_mask"), visual)
         self.specialisations[self._key(modality, inputs)] = made
@@ -280,6 +289,7 @@ class Engine:
         """``forward`` of the twin: a decoding step, or a prompt through the original's code."""
         cache = kwargs.get("past_key_values")
         ids = args[0] if args else kwargs.get("input_ids")
+        retrieved = {name: kwargs.pop(name) for name in self._retrieved if name in kwargs}
         if isinstance(cache, RaggedCache):
             return self._step(ids, cache, kwargs)
         original = type(self.model).forward
@@ -298,7 +308,7 @@ class Engine:
             self._require_supported(kwargs)
             if past is None or past.get_seq_length() == 0:
                 specialisation = self._specialisation(modality, {**kwargs, "input_ids": ids})
-        self._running.prompt = _Prompt(modality, specialisation)
+        self._running.prompt = _Prompt(modality, specialisation, retrieved=retrieved)
         try:
             result = original(self.twin, *args, **kwargs)
         finally:
@@ -368,7 +378,9 @@ class Engine:
         assert self._encoder is not None
         if self._form is None:
             self._form = OutputForm(original(*args, **kwargs))
-        prompt.encoded = stage.encode(self._encoder, bind(self._encoder, args, kwargs))
+        prompt.encoded = stage.encode(
+            self._encoder, bind(self._encoder, args, kwargs), prompt.retrieved
+        )
         return self._form.fill(prompt.encoded)
 
     def _projector_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
