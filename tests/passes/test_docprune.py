@@ -15,6 +15,7 @@ from oracles.reduced import ReducedOracle
 import vlmopt
 from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.lowering.onnx import export_program
 from vlmopt.passes.tokens import page, select
 from vlmopt.passes.tokens.comprehension_prune import ComprehensionPrune
 from vlmopt.pipeline.manager import run_pipeline
@@ -192,6 +193,11 @@ class TestBackground:
         ]
         assert shapes == [(2, 4, 16, 8)] * 2  # 4 of 16 tokens, of 4 patches each
 
+    def test_several_images_in_one_row_are_refused(self) -> None:
+        program = vlmopt.capture(zoo.build("mistral3"), zoo.inputs("mistral3", batch=2))
+        with pytest.raises(PreconditionError, match="a mask keeps them apart"):
+            run_pipeline(program, "bg-prune{keep=0.5}")
+
     def test_windows_are_refused(self) -> None:
         program = vlmopt.capture(zoo.build("qwen2_5_vl"), zoo.inputs("qwen2_5_vl"))
         with pytest.raises(PreconditionError, match="cut it into windows"):
@@ -337,6 +343,16 @@ class TestTogether:
         oracle = oracle_of("llava", sheets, inputs, stay)
         text = f"docprune{{ask=false tau_bg=0.6 layers=0 keep=0.5 {NORMALISED}}}"
         check(zoo.build("llava"), inputs, text, oracle, tokens=2)
+
+    @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+    def test_onnx_runtime_agrees(self, family: str, tmp_path: Path) -> None:
+        model, inputs = zoo.build(family), zoo.inputs(family, batch=2, text=(6, 6))
+        program = vlmopt.capture(model, inputs)
+        run_pipeline(program, f"docprune{{tau_bg=0.004 layers=0,2 keep=0.5,0.5 {RETRIEVER}}}")
+        stages = ["vision_encoder", "language_model", "decode"]
+        report = export_program(program, tmp_path / "out", stages=stages)
+        assert report.examples == 4
+        assert "encoded_kept" in report.errors["vision_encoder"]
 
     def test_layers_that_are_none(self) -> None:
         program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))

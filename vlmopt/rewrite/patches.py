@@ -17,7 +17,9 @@ from vlmopt.analysis.encoder import special_tokens
 from vlmopt.analysis.layers import Layers, find_layers
 from vlmopt.analysis.modality import token_stage
 from vlmopt.errors import PreconditionError
-from vlmopt.graph.attention import is_causal
+from vlmopt.graph.attention import attention_mask, is_causal
+from vlmopt.graph.causal import drop_constant_masks
+from vlmopt.graph.reach import reached, sources
 from vlmopt.program import Program, Stage
 from vlmopt.rewrite.encoded import encoding_of
 
@@ -137,6 +139,7 @@ def find_patches(program: Program) -> Patches:
     facts = encoding_of(program)
     stage = program["vision_encoder"]
     layers = find_layers(stage)
+    _require_whole_images(stage)
     images, rows = _images_and_rows(stage, layers)
     tokens = facts["rows"]["tokens"]
     if len(tokens) != images * rows:
@@ -175,6 +178,25 @@ def find_patches(program: Program) -> Patches:
         tuple(pixels.get("first", ())),
         tuple(pixels.get("offsets", ())),
     )
+
+
+def _require_whole_images(stage: Stage) -> None:
+    """Refuse attention with a mask that is the same for all inputs: it tells images apart."""
+    twin = stage.clone()
+    drop_constant_masks(twin.graph)  # those that hide nothing
+    for node in twin.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    ):
+        mask = attention_mask(node)
+        if mask is None or any(one.op == "placeholder" for one in reached([mask], sources)):
+            continue
+        raise PreconditionError(
+            f"the blocks of stage {stage.name} take the patches of all images in one row, and a "
+            "mask keeps them apart",
+            node=node,
+            hint="prune in the language model instead, for example with comprehension-prune; or "
+            "capture with one image",
+        )
 
 
 def _images_and_rows(stage: Stage, layers: Layers) -> tuple[int, int]:
