@@ -3,7 +3,7 @@
 A calibrated pass measures each sample, and makes an artifact of all that it found. Many compare:
 each sample is answered by the untouched program and by variants of it, such as one with a head
 silenced, or without any visual token from some layer on. Others look at what enters the language
-model.
+model, or at what it computes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlmopt import artifacts, families
+from vlmopt.analysis.modality import token_stage
 from vlmopt.errors import ArtifactError, OptionError
 from vlmopt.partial import PartialRows, PartialState
 from vlmopt.pipeline.passes import Pass
@@ -104,6 +105,46 @@ class Embedded(Calibrated):
 
     def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
         return lambda one: self.look(program, *_entering(model, one))
+
+
+def observing(
+    model: Any, watch: Callable[[Program], None], program: Program, sample: Sample
+) -> Engine:
+    """An engine whose graphs ``watch`` has changed in place, ready for prompts like ``sample``.
+
+    Args:
+        program: captured with ``sample``; stays as it is.
+    """
+    engine = Engine(model, watch, "eager")
+    first = program.clone()
+    watch(first)
+    engine.add(first, None, sample)
+    return engine
+
+
+class Watched(Calibrated):
+    """A calibrated pass that looks at what the untouched language model computes of prompts."""
+
+    @abstractmethod
+    def watch(self, program: Program) -> None:
+        """Add one output behind those of the stage where tokens flow: ``[batch, ...]``."""
+
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        found: list[Tensor] = []
+
+        def watched(one: Program) -> None:
+            self.watch(one)
+            module = token_stage(one).graph_module
+            module.register_forward_hook(lambda _, args, results: found.append(results[-1]))
+
+        engine = observing(model, watched, program, sample)
+
+        def seen(one: Sample) -> Any:
+            with torch.no_grad():
+                engine.twin(**one)
+            return found.pop().tolist()
+
+        return seen
 
 
 class Learning(Calibrated):

@@ -40,6 +40,11 @@ class Role(StrEnum):
     ENCODED = "encoded"
     """Of the vision encoder: ``[rows, ...]`` as it leaves that stage; brought into the order of the
     prompt, ``[batch, tokens, ...]``, where the language model takes it."""
+    RETRIEVED_QUESTION = "retrieved_question"
+    """Embeddings by a retriever of each sample's question, ``[batch, tokens, width]``; an input of
+    the vision encoder."""
+    RETRIEVED_PAGE = "retrieved_page"
+    """Embeddings by a retriever of each image, ``[images, patches of the retriever, width]``."""
     HIDDEN_STATES = "hidden_states"
     LOGITS = "logits"
     COUNTS = "counts"
@@ -87,6 +92,7 @@ class Cut:
         slots: the tokens that stay, by slot of the prompt, where they are the same for every
             prompt that the program is for; else empty.
         until: layer before which the tokens come back, ``None`` where they are gone for good.
+        fillers: fewer visual tokens than ``visual`` says may be left; others stand in for them.
     """
 
     layer: int
@@ -97,6 +103,7 @@ class Cut:
     renumbered: bool = False
     slots: tuple[int, ...] = ()
     until: int | None = None
+    fillers: bool = False
 
     def covers(self, layer: int) -> bool:
         """Whether ``layer`` runs on the tokens that this cut left, or on fewer."""
@@ -156,6 +163,24 @@ class Stage:
             if candidate.name == name:
                 return node  # type: ignore[return-value]
         raise KeyError(f"stage {self.name} has no output {name}")
+
+    def add_input(self, port: Port, *shape: int) -> fx.Node:
+        """Let a float32 tensor enter the stage, behind the other inputs; its placeholder."""
+        known = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(known[-1]):
+            node = self.graph.placeholder(port.name)
+        with self.fake_mode():
+            node.meta["val"] = torch.empty(*shape, device=known[0].meta["val"].device)
+        self.inputs = (*self.inputs, replace(port, name=node.name))
+        return node
+
+    def add_output(self, port: Port, node: fx.Node) -> None:
+        """Let a value leave the stage, behind the other outputs; the graph is made callable."""
+        output = self.graph.output_node()
+        output.args = ((*output.args[0], node),)  # type: ignore[misc]
+        self.outputs = (*self.outputs, port)
+        self.graph.lint()
+        self.graph_module.recompile()
 
     def fake_mode(self) -> torch._subclasses.FakeTensorMode:
         """The mode that made the fake tensors in this graph's metadata."""

@@ -498,4 +498,5 @@ def _cut(entry: Mapping[str, Any]) -> Cut:
         entry["renumbered"],
         tuple(entry["slots"]),
         entry["until"],
+        entry["fillers"],
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -63,6 +63,7 @@ class TokenDrop(Pass):
     Attributes:
         compact: values and scores hold the visual tokens only, ``[batch, visual tokens, ...]``.
         restores: the tokens come back after the layer at which they were left out.
+        bounded: ``keep`` is the most that may stay, and ``passing`` tells which do.
         least: visual tokens that stay of any.
         rounding: of a share to a number of tokens.
     """
@@ -76,6 +77,7 @@ class TokenDrop(Pass):
     compact: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     restores: ClassVar[bool] = False
+    bounded: ClassVar[bool] = False
     least: ClassVar[int] = 1
     rounding: ClassVar[str] = "floor"
 
@@ -103,6 +105,19 @@ class TokenDrop(Pass):
     @abstractmethod
     def score(self, *values: Any) -> Tensor:
         """float32 ``[batch, tokens]``; the highest stay."""
+
+    def passing(self, score: Tensor) -> Tensor:
+        """Tokens that may stay, where the method is ``bounded``.
+
+        Up to ``least`` of the best ones stay even where none passes.
+
+        Args:
+            score: float32 ``[batch, tokens]``.
+
+        Returns:
+            bool ``[batch, tokens]``.
+        """
+        raise NotImplementedError
 
     def merge(self, tokens: Tensor, score: Tensor, kept: Tensor, *values: Any) -> Tensor:
         """What the kept tokens become.
@@ -261,8 +276,10 @@ class TokenDrop(Pass):
         original = stage.facts["visual_tokens"]
         base = original if self.of == "original" else modality.visual
         quotas = [
-            min(self.quota(count, keep), present)
-            for count, present in zip(base, modality.visual, strict=True)
+            min(quota, present)
+            for quota, present in zip(
+                self.quotas(program, base, keep), modality.visual, strict=True
+            )
         ]
         site = CutSite(
             stage,
@@ -277,6 +294,7 @@ class TokenDrop(Pass):
             ctx=ctx,
             renumber=self.positions == "renumber"
             or (self.positions == "auto" and has_one_axis(stage)),
+            fillers=self.bounded or modality.fillers,
         )
         if self.restores:
             site = replace(site, until=(sublayers(layers, layer).out, layer + 1))
@@ -284,7 +302,7 @@ class TokenDrop(Pass):
             site = replace(site, fixed=self._fixed_slots(site, keep))
         if self.layer_reads:
             carried = self._accumulate(site, layers, since, carried)
-        if quotas == list(modality.visual):
+        if quotas == list(modality.visual) and not self.bounded:
             ctx.remark(
                 f"layer {layer}: keep={keep} keeps all {max(quotas)} visual tokens",
                 stage=stage.name,
@@ -353,11 +371,15 @@ class TokenDrop(Pass):
         own = self.score(*values).float()
         score = own if slots_of_visual is None else select.put(own, slots_of_visual, visual)
         valid_slots = None
-        if len(set(site.quotas)) == 1 and len(set(site.visual)) == 1:
+        if not site.ragged and len(set(site.quotas)) == 1:
             slots = select.keep_best(score, visual, length)
         else:
+            wanted = quota()
+            if self.bounded:
+                passed = (visual & self.passing(score)).sum(1, keepdim=True)
+                wanted = torch.minimum(wanted, passed.clamp(min=self.least))
             slots, valid_slots = select.keep_best_ragged(
-                score, visual, modality == Modality.PADDING, quota(), length
+                score, visual, modality == Modality.PADDING, wanted, length
             )
         if hidden is None:
             return score, slots, valid_slots, None
@@ -421,6 +443,10 @@ class TokenDrop(Pass):
         one = replace(site, visual=site.visual[:1], quotas=site.quotas[:1])
         _, slots, _, _ = self._choose(one, modality, length, lambda: quota, {})
         return tuple(slots[0].tolist())
+
+    def quotas(self, program: Program, counts: Sequence[int], keep: float | int) -> list[int]:
+        """Visual tokens that each sample keeps of ``counts``."""
+        return [self.quota(count, keep) for count in counts]
 
     def quota(self, count: int, keep: float | int) -> int:
         """Visual tokens to keep of ``count``, by exact arithmetic.

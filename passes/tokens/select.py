@@ -58,6 +58,25 @@ def keep_best_ragged(
     return slots, tier.gather(1, slots) != 0
 
 
+def best_passing(score: Tensor, passing: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows that pass, the best ``count`` at most, filled up with the best of the others.
+
+    Args:
+        score: float32 ``[batch, rows]``.
+        passing: bool, likewise. Where none passes, the best row stands in.
+
+    Returns:
+        int64 ``[batch, count]``, ascending; bool, likewise: False for fillers.
+    """
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    first = torch.sort(passing.gather(1, order).long(), dim=-1, descending=True, stable=True)
+    order = order.gather(1, first.indices[:, :count])
+    place = torch.arange(count, device=score.device)
+    real = place < passing.sum(-1, keepdim=True).clamp(min=1)
+    slots, back = order.sort(dim=-1)
+    return slots, real.gather(1, back)
+
+
 def visual_slots(visual: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Slots of the visual tokens of each sample, in order.
 

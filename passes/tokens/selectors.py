@@ -12,11 +12,10 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
 from vlmopt.analysis.sublayers import attention_of, projection_of
-from vlmopt.calibration import Learner, Sample
+from vlmopt.calibration import Learner, Sample, observing
 from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import attention_arguments, attention_mask, is_causal
 from vlmopt.program import Modality, Program, Stage, fetch_attr
-from vlmopt.runtime.model import Engine
 
 
 @dataclass(frozen=True)
@@ -189,10 +188,7 @@ class SelectorLearner(Learner):
             for layer, selector in self.selectors.items()
         }
         self._losses: dict[int, float] = {}
-        self._engine = Engine(model, self._watch, "eager")
-        first = program.clone()
-        self._watch(first)
-        self._engine.add(first, None, sample)
+        self._engine = observing(model, self._watch, program, sample)
 
     def __call__(self, sample: Sample) -> list[float]:
         """The loss of each layer before its step."""

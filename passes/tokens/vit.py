@@ -157,17 +157,17 @@ class TokenMerge(Pass):
 
     def requires(self, program: Program) -> None:
         stage = encoder_stage(program)
-        if stage.find_outputs(Role.ENCODED):
-            raise PreconditionError(
-                f"{self.name} cannot merge in stage {stage.name}: a pass before reads what each "
-                "patch of its own gets there",
-                hint="leave out one of the two",
-            )
         if stage.facts.get("merges"):
             raise PreconditionError(
                 f"{self.name} cannot merge in stage {stage.name}: {stage.facts['merges'][0]['by']} "
                 "has already",
                 hint="merge in each encoder with one pass",
+            )
+        if stage.find_outputs(Role.ENCODED):
+            raise PreconditionError(
+                f"{self.name} cannot merge in stage {stage.name}: a pass before reads what each "
+                "patch of its own gets there",
+                hint="leave out one of the two",
             )
         encoder = encoder_of(program)
         self.counts(encoder)

@@ -26,6 +26,7 @@ PIPELINES = (
     "vision-entry{layer=2} | sublayer-skip{skip=2.5,3 attention=vv}",
     "blink{layers=1,2 expand=0.25 drop=0.2} | stride-drop{layers=3 keep=0.25}",
     "information-horizon{layers=1,3 keep=0.5,0 fixed}",
+    "comprehension-prune{layers=1 keep=0.5 tau_att=1}",
 )
 
 

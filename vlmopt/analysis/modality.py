@@ -23,12 +23,14 @@ class TokenModality:
         kept: node with the original slot of each token still present, ``None`` before any cut.
         anchor: a value that only the language model depends on, where the stage holds more than
             the language model.
+        fillers: fewer visual tokens than ``visual`` says may be left; others stand in for them.
     """
 
     source: fx.Node
     visual: tuple[int, ...]
     kept: fx.Node | None = None
     anchor: fx.Node | None = None
+    fillers: bool = False
 
 
 def token_stage(program: Program) -> Stage:
@@ -62,7 +64,7 @@ def modality_of_tokens(stage: Stage, layer: int | None = None) -> TokenModality:
     last = next((cut for cut in reversed(gone) if layer is None or cut.layer <= layer), None)
     if last is not None:
         visual = tuple(after for _, after in last.visual)
-        return TokenModality(source, visual, stage.output_node(last.kept), anchor)
+        return TokenModality(source, visual, stage.output_node(last.kept), anchor, last.fillers)
     return TokenModality(source, tuple(stage.facts["visual_tokens"]), None, anchor)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlmopt.passes import PASSES
 from vlmopt.passes.tokens.base import TokenDrop
+from vlmopt.passes.tokens.patch_prune import PatchPrune
 from vlmopt.pipeline.options import option_types
 from vlmopt.pipeline.registry import find_pass
 
@@ -11,10 +12,15 @@ from vlmopt.pipeline.registry import find_pass
 def token_methods() -> list[str]:
     """Names of the passes that drop visual tokens in the language model, as they come.
 
-    Not those that must be told what to look for.
+    Not those that must be told what to look for, nor those that choose before the vision encoder.
     """
-    found = [name for name in PASSES if issubclass(find_pass(name), TokenDrop)]
-    return [name for name in found if "anchors" not in option_types(find_pass(name))]
+    found = [(name, find_pass(name)) for name in PASSES]
+    drops = [(name, one) for name, one in found if issubclass(one, TokenDrop)]
+    return [
+        name
+        for name, one in drops
+        if "anchors" not in option_types(one) and not issubclass(one, PatchPrune)
+    ]
 
 
 def one_cut(method: str, layer: int, keep: float | int) -> str:
@@ -30,4 +36,6 @@ def one_cut(method: str, layer: int, keep: float | int) -> str:
         chosen.append(f"scored={layer}")
     if "basis" in options:
         chosen.append("basis=4")
+    if "tau_att" in options:
+        chosen.append("tau_att=0")
     return f"{method}{{{' '.join(chosen)}}}"

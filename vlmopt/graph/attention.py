@@ -23,6 +23,14 @@ def attention_mask(attention: fx.Node) -> Any:
     return attention_arguments(attention).get("attn_mask")
 
 
+def replace_mask(attention: fx.Node, mask: fx.Node) -> None:
+    """Let an attention operator take ``mask``, and hide nothing by itself."""
+    given = attention_arguments(attention) | {"attn_mask": mask}
+    given.pop("is_causal", None)
+    attention.args = tuple(given.pop(name) for name in ARGUMENTS[:4])
+    attention.kwargs = {name: given[name] for name in ARGUMENTS if name in given}
+
+
 def is_causal(attention: fx.Node) -> bool:
     """Whether an attention operator hides later keys by itself."""
     return bool(attention_arguments(attention).get("is_causal"))

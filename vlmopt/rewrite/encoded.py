@@ -34,6 +34,9 @@ ROWS = "rows"
 PIXELS = "pixels"
 """Pixels of the patches that a token is made of: of the encoder's input."""
 
+KEPT = "kept"
+"""Whether patches stayed in the encoder: 1, or -1 where they were dropped; 0 for tokens of none."""
+
 
 def encoding_of(program: Program) -> dict[str, Any]:
     """What capture found between encoder and prompt: :func:`~vlmopt.encoding.describe_encoding`.
@@ -65,7 +68,8 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
     """The input of the language model that holds a value of the encoder, made if need be.
 
     Args:
-        name: ``attention``, ``keys``, ``features``, ``rows`` (once given) or ``pixels``.
+        name: ``attention``, ``keys``, ``features``, ``rows`` (once given) or ``pixels``; or
+            ``kept``, where a pass has dropped patches in the encoder.
 
     Returns:
         Its placeholder: float32 ``[batch, tokens]`` or ``[batch, tokens, width]`` over the whole
@@ -92,14 +96,9 @@ def encoded_input(program: Program, stage: Stage, name: str, ctx: PassContext) -
         width = (_pixels_of_token(facts),)
     else:
         width = _encoder_output(program["vision_encoder"], facts, name, ctx)
-    graph = stage.graph
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        node = graph.placeholder(port)
-    batch, tokens = stage.facts["batch"], stage.facts["tokens"]
-    with stage.fake_mode():
-        node.meta["val"] = torch.empty(batch, tokens, *width)
+    whole = stage.facts["batch"], stage.facts["tokens"], *width
+    node = stage.add_input(Port(port, Role.ENCODED), *whole)
     ctx.stamp(node, 1)
-    stage.inputs = (*stage.inputs, Port(node.name, Role.ENCODED))
     return node
 
 
@@ -143,8 +142,8 @@ def _encoder_output(
     known = [one for one in encoder.outputs if one.name == port]
     if not known and encoder.facts.get("merges"):
         raise PreconditionError(
-            f"{encoder.facts['merges'][0]['by']} has merged patches in the encoder: what a patch "
-            "of its own would get there is not known any more",
+            f"{encoder.facts['merges'][0]['by']} has merged or dropped patches in the encoder: "
+            "what a patch of its own would get there is not known any more",
             hint="leave out one of the two",
         )
     if not known:
@@ -170,14 +169,10 @@ def _encoder_output(
             with encoder.graph.inserting_before(anchor):
                 results.append(_COMPUTE[name](emitter(node), node, special))
             encoder.graph.erase_node(anchor)
-        output = encoder.graph.output_node()
-        with encoder.graph.inserting_before(output):
+        with encoder.graph.inserting_before(encoder.graph.output_node()):
             emit = emitter(attentions[-1])
             whole = emit.trace(lambda *parts: torch.cat(parts), *results, names=(name,))
-        output.args = ((*output.args[0], whole),)  # type: ignore[misc]
-        encoder.outputs = (*encoder.outputs, Port(port, Role.ENCODED))
-        encoder.graph.lint()
-        encoder.graph_module.recompile()
+        encoder.add_output(Port(port, Role.ENCODED), whole)
     return tuple(encoder.output_node(port).meta["val"].shape[1:])
 
 

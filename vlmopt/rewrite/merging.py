@@ -12,9 +12,9 @@ from vlmopt.analysis.encoder import Encoder
 from vlmopt.analysis.sublayers import attention_of, middle_of
 from vlmopt.analysis.token_axes import B, Dims, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
-from vlmopt.graph.reach import reached, sources
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.exits import mark_exits, remove_exit, restore_rows
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 
 aten = torch.ops.aten
@@ -49,7 +49,9 @@ class BlockMerging:
         self._sizes: dict[int, fx.Node] = {}  # after each block that merges
         self._exits: dict[fx.Node, tuple[fx.Node, Dims] | None] = {}
         if restore == "true" or not self._can_stay_short(first, restore == "false"):
-            self._mark_exits(first)
+            middle = middle_of(encoder.layers, first)
+            aliases = mark_exits(self.graph, encoder.layers, middle, self._emitter)
+            self._exits |= dict.fromkeys(aliases)
 
     def merge(self, block: int, count: int, step: Callable[..., dict[str, Tensor]]) -> None:
         """Merge ``count`` tokens of each image in a block.
@@ -121,17 +123,8 @@ class BlockMerging:
         for alias, found in self._exits.items():
             restored = alias.all_input_nodes[0]
             if found is not None:  # else it is from before the first merge
-                places, dims = found
-                with self.graph.inserting_before(alias):
-                    restored = gather_tokens(
-                        self._emitter(alias),
-                        restored,
-                        dims,
-                        lambda _, places=places: places,  # type: ignore[misc]
-                        name="restored",
-                    )
-            alias.replace_all_uses_with(restored)
-            self.graph.erase_node(alias)
+                restored = restore_rows(alias, *found, self._emitter(alias))
+            remove_exit(alias, restored)
 
     # -- where rows come back ------------------------------------------------------------------
 
@@ -158,23 +151,6 @@ class BlockMerging:
             )
         pooled = [node for node in axes.ends if not _reads_special(node, axes.special)]
         return must or not (seen or pooled)
-
-    def _mark_exits(self, first: int) -> None:
-        """Put an alias between the blocks and whatever comes behind them."""
-        inner = reached(self.encoder.layers.of, sources)
-        merged = {middle_of(self.encoder.layers, first)}
-        for node in list(self.graph.nodes):
-            if node not in inner or not merged & {node, *node.all_input_nodes}:
-                continue
-            merged.add(node)
-            users = [user for user in node.users if user not in inner]
-            if not users or not isinstance(node.meta["val"], Tensor):
-                continue
-            with self.graph.inserting_after(node):
-                alias = self._emitter(node).call(aten.alias.default, node)
-            for user in users:
-                user.replace_input_with(node, alias)
-            self._exits[alias] = None
 
     # -- pieces --------------------------------------------------------------------------------
 

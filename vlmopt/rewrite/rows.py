@@ -224,6 +224,12 @@ def require_halves(stage: Stage, layers: Layers, places: Sequence[float], name: 
                     "that layer",
                     hint="skip halves of other layers",
                 )
+            if cut.fillers and cut.covers(layer):
+                raise PreconditionError(
+                    f"{name} cannot skip {place}: how many tokens {cut.made_by} leaves there "
+                    "depends on the prompt",
+                    hint="skip halves of layers before that cut",
+                )
 
 
 def without_values(value: Tensor, modality: Tensor) -> Tensor:

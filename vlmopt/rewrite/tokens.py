@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.token_axes import B, Dims, Factor, T, TokenAxes, follow_tokens, has_tokens
 from vlmopt.errors import PreconditionError, UnsupportedOperatorError
-from vlmopt.graph.attention import attention_mask
+from vlmopt.graph.attention import attention_mask, is_causal, replace_mask
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Cut, Modality, Port, Role, Stage
 from vlmopt.rewrite.emit import Emitter
@@ -38,6 +38,7 @@ class CutSite:
         fixed: the tokens that stay, by slot among those present, if that is settled already.
         until: the value from which on all tokens are back, and the layer that comes after it;
             those that were left out hold there what they held before. ``None``: they are gone.
+        fillers: a sample may keep fewer visual tokens than ``quotas`` says, or have fewer already.
         match: number of this cut among those of the stage, from 1.
         prefix: first part of the names of new nodes.
     """
@@ -55,6 +56,12 @@ class CutSite:
     renumber: bool = False
     fixed: tuple[int, ...] = ()
     until: tuple[fx.Node, int] | None = None
+    fillers: bool = False
+
+    @property
+    def ragged(self) -> bool:
+        """Whether fillers stand among the tokens that stay."""
+        return self.fillers or len(set(self.visual)) > 1
 
 
 Choice = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -89,7 +96,7 @@ def cut_tokens(
     batch, tokens = val.shape[0], val.shape[1]
     dropped = min(b - a for b, a in zip(site.visual, site.quotas, strict=True))
     length: int | fx.Node = tokens - dropped
-    ragged = len(set(site.visual)) > 1
+    ragged = site.ragged
     starts: dict[fx.Node, Dims] = {
         site.hidden: ((B,) if batch != 1 else (1,), (T,), (int(val.shape[2]),))
     }
@@ -137,10 +144,12 @@ def cut_tokens(
             index = places if site.renumber and carries_positions(value) else slots
             with graph.inserting_before(later_of(graph, value, anchor)):
                 fewer = gather(value, dims, f"gather_{value.name}", index)
-                if ragged and _is_mask(axes, value):
-                    fewer = emit.trace(_mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
+                if ragged and is_mask(axes, value):
+                    fewer = emit.trace(mask_fillers, fewer, valid, names=(f"mask_{value.name}",))
             frontier[value] = fewer
         if ragged:
+            with graph.inserting_before(anchor):
+                _mask_causal(axes, emit, slots, valid)
             _require_masks(axes)
         later = {
             stop: [user for user in stop.users if user not in axes.dims and user not in axes.ends]
@@ -226,7 +235,7 @@ def cut_decode(
         length = emit.call(aten.sym_size.int, first, 2)
         seen = emit.call(aten.sym_size.int, _mask_over_all(decode), 1) if axes.frontier else None
     indices: dict[Any, fx.Node] = {}
-    ragged = len(set(cut.visual)) > 1 or cut.tokens[1] > cut.tokens[0]
+    ragged = cut.fillers or len(set(cut.visual)) > 1 or cut.tokens[1] > cut.tokens[0]
     frontier: dict[fx.Node, fx.Node] = {}
     for value, dims in axes.frontier.items():
         source = _ungathered(graph, value)
@@ -351,7 +360,7 @@ def kept_slots(slots: Tensor, valid: Tensor | None, earlier: Tensor | None = Non
     return original if valid is None else torch.where(valid, original, -1)
 
 
-def _mask_fillers(mask: Tensor, valid: Tensor) -> Tensor:
+def mask_fillers(mask: Tensor, valid: Tensor) -> Tensor:
     """An attention mask ``[batch, ..., keys]`` that hides fillers too."""
     visible = valid.view(valid.shape[0], *[1] * (mask.ndim - 2), valid.shape[1])
     if mask.dtype == torch.bool:
@@ -367,7 +376,7 @@ def _slots_in_decode(kept: Tensor, seen: Any, prompt: int, new: int) -> Tensor:
 
 def _mask_decode_fillers(mask: Tensor, kept: Tensor, slots: Tensor) -> Tensor:
     rest = torch.ones_like(slots[:, kept.shape[1] :], dtype=torch.bool)
-    return _mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
+    return mask_fillers(mask, torch.cat([kept >= 0, rest], dim=1))
 
 
 def modality_of_kept(modality: Tensor, kept: Tensor) -> Tensor:
@@ -395,6 +404,7 @@ def finish_cut(
             site.renumber,
             _original_slots(site),
             site.until[1] if site.until else None,
+            site.fillers,
         ),
     )
     remove_unused(stage, but=carried)
@@ -437,7 +447,7 @@ def _outputs_on_kept(stage: Stage, axes: TokenAxes, kept: str) -> tuple[Port, ..
     return tuple(ports)
 
 
-def _is_mask(axes: TokenAxes, value: fx.Node) -> bool:
+def is_mask(axes: TokenAxes, value: fx.Node) -> bool:
     """Whether attention takes a frontier value, or a view of it, as its mask."""
     stack, seen = [value], set()
     while stack:
@@ -456,6 +466,24 @@ def _is_mask(axes: TokenAxes, value: fx.Node) -> bool:
 
 def _mask_like(user: fx.Node, node: fx.Node) -> bool:
     return user.meta["val"].dtype == node.meta["val"].dtype and len(user.all_input_nodes) == 1
+
+
+def _mask_causal(axes: TokenAxes, emit: Emitter, slots: fx.Node, valid: fx.Node) -> None:
+    """Give attention that hides later keys by itself a mask that hides fillers too."""
+    mask = None
+    for node in (*axes.dims, *axes.ends):
+        if node.target is not aten.scaled_dot_product_attention.default or not is_causal(node):
+            continue
+        if mask is None:
+            mask = emit.trace(_causal_mask, slots, valid, names=("mask",))
+        replace_mask(node, mask)
+
+
+def _causal_mask(slots: Tensor, valid: Tensor) -> Tensor:
+    """A filler sees itself, for no row may see nothing: bool ``[batch, 1, length, length]``."""
+    place = torch.arange(slots.shape[1], device=slots.device)
+    own = place == place[:, None]
+    return ((place <= place[:, None]) & (valid[:, None] | own))[:, None]
 
 
 def _require_masks(axes: TokenAxes) -> None:

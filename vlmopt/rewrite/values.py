@@ -100,7 +100,7 @@ class CutValues:
         return attention_of(self.layers, self.layer - 1)
 
 
-def _last_row(modality: Tensor) -> tuple[Tensor, Tensor]:
+def last_row(modality: Tensor) -> tuple[Tensor, Tensor]:
     """Slot and weight of the last token of each sample that is not padding: ``[batch, 1]``."""
     place = torch.arange(modality.shape[1], device=modality.device)
     real = torch.where(modality != Modality.PADDING, place, -1)
@@ -132,7 +132,7 @@ def _instruction_rows(modality: Tensor, count: Any) -> tuple[Tensor, Tensor]:
 def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     """Slots, weights and number of some query rows."""
     if which == "last":
-        slots, weights = values.emit.trace(_last_row, values.modality, names=("row", "weight"))
+        slots, weights = values.emit.trace(last_row, values.modality, names=("row", "weight"))
         return slots, weights, 1
     tokens = values.modality.meta["val"].shape[1]
     # a sample whose image ends its prompt needs one row more than it has text
@@ -168,20 +168,38 @@ def _mean_attention(
     return (rows.mean(1) * weights[..., None]).sum(1)
 
 
+def _mean_logits(query: Tensor, key: Tensor, scale: Any) -> Tensor:
+    """Mean over heads of the scaled products of one row: float32 ``[batch, tokens]``."""
+    rows, keys = query.float().transpose(1, 2), key.float()
+    groups = rows.shape[2] // keys.shape[1]
+    mean = rows.unflatten(2, (keys.shape[1], groups)).mean(3)
+    product = torch.einsum("brkd,bktd->bt", mean, keys) / keys.shape[1]
+    return product * (scale if scale is not None else keys.shape[-1] ** -0.5)
+
+
+def _last_logits(values: CutValues) -> fx.Node:
+    attention = values.previous_attention()
+    slots, _, _ = _rows(values, "last")
+    query, key = attention.args[:2]
+    row = values.emit.trace(_take_rows, query, slots)
+    given = (row, key, attention.kwargs.get("scale"))
+    result: fx.Node = values.emit.trace(_mean_logits, *given, names=("logits",))
+    return result
+
+
+def _take_rows(query: Tensor, slots: Tensor) -> Tensor:
+    index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index)
+
+
 def _behind(which: str) -> Callable[[CutValues], fx.Node]:
     """Attention that rows paid in the layer before the cut."""
 
     def compute(values: CutValues) -> fx.Node:
         attention = values.previous_attention()
         slots, weights, _ = _rows(values, which)
-        emit = values.emit
-
-        def take(query: Tensor, slots: Tensor) -> Tensor:
-            index = slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-            return query.gather(2, index)
-
         query, key = attention.args[:2]
-        rows = emit.trace(take, query, slots)
+        rows = values.emit.trace(_take_rows, query, slots)
         return _score_rows(values, attention, rows, key, slots, weights)
 
     return compute
@@ -405,6 +423,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "previous_hidden": lambda values: values.entry(values.layer - 1),
     "previous_keys": _previous_keys,
     "last_attention": _behind("last"),
+    "last_logits": _last_logits,
     "last_attention_ahead": _ahead("last"),
     "instruction_attention_ahead": _ahead("instruction"),
     "instruction_logits_unrotated": _unrotated_logits,
@@ -414,6 +433,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
     "encoded_features": encoded("features"),
     "encoded_rows": _rows_of_tokens,
     "encoded_pixels": encoded("pixels"),
+    "encoded_kept": encoded("kept"),
     "encoded_features_or_hidden": _features_or_hidden,
 }
 """By name; tokens along the second dimension, unless said otherwise:
@@ -423,7 +443,8 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
 - ``previous_keys``: keys of the layer before, after RoPE, ``[batch, tokens, key heads * head]``;
 - ``last_attention``: attention of each sample's last token in the layer before, mean over heads,
   float32 ``[batch, tokens]``;
-- ``last_attention_ahead``: the same in the layer at whose entry the cut is, before the cut;
+- ``last_logits``: the products of query and keys behind it, scaled, mean over heads, float32;
+- ``last_attention_ahead``: the attention in the layer at whose entry the cut is, before the cut;
 - ``instruction_attention_ahead``: the same, mean over the text after the last visual token;
 - ``instruction_logits_unrotated``: mean query of that text times each key of the layer at whose
   entry the cut is, without rotary positions, scaled, float32 ``[batch, tokens, heads]``;
@@ -435,6 +456,7 @@ VALUES: dict[str, Callable[[CutValues], fx.Node]] = {
 - ``encoded_rows``: what makes one token each, behind all that merges patches, float32; see
   :func:`~vlmopt.rewrite.projector.find_projector`;
 - ``encoded_pixels``: pixels of a token's patches, float32;
+- ``encoded_kept``: 1 where its patches stayed in the encoder, -1 where they did not, float32;
 - ``encoded_features_or_hidden``: the same, or ``hidden`` where tokens are made of several rows;
 - ``text_mean``: mean of the residual stream over all text, float32 ``[batch, width]``.
 """

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.sublayers import attention_of
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens, shape_of
-from vlmopt.graph.attention import attention_mask, is_causal
+from vlmopt.graph.attention import attention_mask, is_causal, replace_mask
 from vlmopt.program import Modality
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens, shorten_region
@@ -147,7 +147,7 @@ def widen_layer(
                         emit, value, found, lambda _: slots, name=f"wide_{value.name}"
                     )
         if mask is None:
-            _set_mask(attention, emit.trace(_wide_mask, None, *about, names=("mask",)))
+            replace_mask(attention, emit.trace(_wide_mask, None, *about, names=("mask",)))
         users = [user for user in stop.users if user not in axes.dims and user not in axes.ends]
         shorten_region(axes, emit, starts={site.hidden: wide}, length=length, frontier=frontier)
         with graph.inserting_before(stop.next):
@@ -165,15 +165,6 @@ def _at(emit: Emitter, place: fx.Node) -> Emitter:
     return Emitter(
         emit.graph, stamp=emit.stamp, place=place, prefix=emit.prefix, fake_mode=emit.fake_mode
     )
-
-
-def _set_mask(attention: fx.Node, mask: fx.Node) -> None:
-    attention.args = (*attention.args[:3], mask, 0.0, False)
-    attention.kwargs = {
-        name: value
-        for name, value in attention.kwargs.items()
-        if name not in ("attn_mask", "dropout_p", "is_causal")
-    }
 
 
 def _last_slot(modality: Tensor) -> Tensor:

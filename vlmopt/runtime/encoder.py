@@ -16,6 +16,8 @@ from vlmopt.errors import PreconditionError
 from vlmopt.program import Program, Role, Stage
 from vlmopt.rewrite.encoded import FEATURES, PIXELS, ROWS
 
+RETRIEVED = (Role.RETRIEVED_QUESTION, Role.RETRIEVED_PAGE)
+
 Compile = Callable[[Stage], Callable[..., tuple[Tensor, ...]]]
 
 
@@ -29,6 +31,11 @@ class EncoderStage:
         if "projector" in program and program["projector"].find_outputs(Role.ENCODED):
             self.projector = program["projector"]
             self._project = compile_stage(self.projector)
+        self.retrieved = {
+            port.name: tuple(self.stage.placeholder(port).meta["val"].shape)
+            for port in self.stage.inputs
+            if port.role in RETRIEVED
+        }
         self.wanted = [
             port.name.removeprefix("encoded_")
             for port in program["language_model"].find_inputs(Role.ENCODED)
@@ -44,12 +51,15 @@ class EncoderStage:
             self._first = torch.tensor(self._pixels["first"])
             self._offsets = torch.tensor(self._pixels["offsets"])
 
-    def encode(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Tensor]:
+    def encode(
+        self, module: nn.Module, given: dict[str, Any], retrieved: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Outputs of the stage by name.
 
         Args:
             module: the encoder; what its inputs leave to be computed is computed by its own code.
             given: keyword arguments of its forward.
+            retrieved: embeddings of a retriever, where a pass reads them.
 
         Raises:
             PreconditionError: other shapes than those captured.
@@ -58,6 +68,7 @@ class EncoderStage:
         with torch.no_grad():
             precompute_export_inputs(module, inputs)
         values = dict(named_tensors(inputs))
+        values |= {name: self._retrieved(name, retrieved.get(name)) for name in self.retrieved}
         outputs = _run_stage(self.stage, self._run, values)
         if PIXELS in self.wanted:
             outputs[PIXELS] = values[self._pixels["input"]]
@@ -79,6 +90,25 @@ class EncoderStage:
         """
         assert self._project is not None
         return _run_stage(self.projector, self._project, dict(named_tensors(given)))
+
+    def _retrieved(self, name: str, value: Tensor | None) -> Tensor:
+        """Embeddings of a retriever; a shorter question gets zeros behind it."""
+        wanted = self.retrieved[name]
+        if value is None:
+            raise PreconditionError(
+                f"this model drops patches by the question, and there is no {name} {list(wanted)}",
+                hint=f"give forward or generate {name}=..., the embeddings of a retriever",
+            )
+        value = value.float()
+        missing = wanted[1] - value.shape[1] if value.ndim == 3 else 0
+        if name == Role.RETRIEVED_QUESTION and missing > 0:
+            value = torch.nn.functional.pad(value, (0, 0, 0, missing))
+        if tuple(value.shape) != wanted:
+            raise PreconditionError(
+                f"{name} is {list(value.shape)}, and the pass was told of {list(wanted)}",
+                hint="see its options retriever and question",
+            )
+        return value
 
     def tokens(
         self, outputs: Mapping[str, Tensor], features: Tensor | None, modality: Tensor

@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -28,7 +28,7 @@ from vlmopt.lowering.onednn import with_packed_weights
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.runtime.cache import RaggedCache
-from vlmopt.runtime.encoder import EncoderStage, OutputForm, bind, runs_encoder
+from vlmopt.runtime.encoder import RETRIEVED, EncoderStage, OutputForm, bind, runs_encoder
 from vlmopt.tracing import capture, layout_of, modality_of, submodules
 
 _log = logging.getLogger("vlmopt")
@@ -64,6 +64,8 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
         raise OptionError(
             f"there is no backend {backend!r}", hint=f"choose one of {', '.join(BACKENDS)}"
         )
+    if isinstance(inputs, Mapping):
+        inputs = {name: value for name, value in inputs.items() if name not in RETRIEVED}
     program = capture(model, inputs)
     report = run_pipeline(program, passes)
     if "model" in program:
@@ -192,6 +194,7 @@ class _Prompt:
         specialisation: the graphs for it, ``None`` when it runs as in the original model.
         encoded: what the encoder stage gave, and that of the projector where it runs.
         features: what entered the projector.
+        retrieved: embeddings of a retriever.
     """
 
     ids: torch.Tensor
@@ -199,6 +202,7 @@ class _Prompt:
     specialisation: Specialisation | None
     encoded: dict[str, torch.Tensor] | None = None
     features: torch.Tensor | None = None
+    retrieved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Engine:
@@ -225,6 +229,7 @@ class Engine:
         self._fixed = False  # whether graphs are made for one layout of prompts
         self._sized = False  # whether graphs are made for one size of images
         self._textual = False  # whether graphs are made for prompts without images
+        self._retrieved: tuple[str, ...] = ()  # arguments that only a rewritten encoder takes
         self._running = threading.local()
         parts = submodules(model)
         self._text_model = not parts  # its language model is all of it
@@ -247,6 +252,9 @@ class Engine:
         # encoded beforehand, images would not be there for the prompt that they belong to
         self.twin._supports_mm_encoder_outputs = lambda: (
             bool(self.specialisations) and not self._sized and model._supports_mm_encoder_outputs()
+        )
+        self.twin._validate_model_kwargs = lambda given: model._validate_model_kwargs(
+            {name: value for name, value in given.items() if name not in self._retrieved}
         )
         self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
         self.twin.train = self._train
@@ -274,6 +282,7 @@ class Engine:
         made = Specialisation(program, report, self.backend)
         self._fixed = any(cut.slots for cut in made.prefill_stage.cuts)
         self._sized = made.encoder is not None
+        self._retrieved = tuple(made.encoder.retrieved) if made.encoder is not None else ()
         visual = families.visual_token_ids(self.model.config)
         modality = modality_of(inputs["input_ids"], inputs.get("attention_mask"), visual)
         self._textual = self._textual or not bool((modality == Modality.VISION).any())
@@ -294,6 +303,7 @@ class Engine:
         """``forward`` of the twin: a decoding step, or a prompt through the original's code."""
         cache = kwargs.get("past_key_values")
         ids = args[0] if args else kwargs.get("input_ids")
+        retrieved = {name: kwargs.pop(name) for name in self._retrieved if name in kwargs}
         if isinstance(cache, RaggedCache):
             return self._step(ids, cache, kwargs)
         original = type(self.model).forward
@@ -312,7 +322,7 @@ class Engine:
             self._require_supported(kwargs)
             if past is None or past.get_seq_length() == 0:
                 specialisation = self._specialisation(modality, {**kwargs, "input_ids": ids})
-        self._running.prompt = _Prompt(ids, modality, specialisation)
+        self._running.prompt = _Prompt(ids, modality, specialisation, retrieved=retrieved)
         try:
             if specialisation is not None and self._text_model:
                 result = self._whole(kwargs)
@@ -394,7 +404,9 @@ class Engine:
         assert self._encoder is not None
         if self._form is None:
             self._form = OutputForm(original(*args, **kwargs))
-        prompt.encoded = stage.encode(self._encoder, bind(self._encoder, args, kwargs))
+        prompt.encoded = stage.encode(
+            self._encoder, bind(self._encoder, args, kwargs), prompt.retrieved
+        )
         return self._form.fill(prompt.encoded)
 
     def _projector_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
