@@ -170,7 +170,8 @@ def _components(
     encoded: list[Any] = []
 
     def record(_: nn.Module, args: Any, output: Any) -> None:
-        encoded.append(output)
+        # models write what they make of it into it
+        encoded.append(pytree.tree_map(lambda value: value, output))
 
     # generate() may encode images before forward(), where the decomposition does not look
     with contextlib.ExitStack() as stack:
