@@ -164,13 +164,13 @@ class Stage:
                 return node  # type: ignore[return-value]
         raise KeyError(f"stage {self.name} has no output {name}")
 
-    def add_input(self, port: Port, *shape: int) -> fx.Node:
-        """Let a float32 tensor enter the stage, behind the other inputs; its placeholder."""
+    def add_input(self, port: Port, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
+        """Let a tensor enter the stage, behind the other inputs; its placeholder."""
         known = self.graph.find_nodes(op="placeholder")
         with self.graph.inserting_after(known[-1]):
             node = self.graph.placeholder(port.name)
         with self.fake_mode():
-            node.meta["val"] = torch.empty(*shape, device=known[0].meta["val"].device)
+            node.meta["val"] = torch.empty(*shape, dtype=dtype, device=known[0].meta["val"].device)
         self.inputs = (*self.inputs, replace(port, name=node.name))
         return node
 

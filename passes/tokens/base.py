@@ -161,8 +161,8 @@ class TokenDrop(Pass):
         return {}
 
     @contextmanager
-    def at_entry(self, program: Program, ctx: PassContext) -> Iterator[CutValues]:
-        """Values at the entry of the language model, with an emitter there."""
+    def at_entry(self, program: Program, ctx: PassContext, *after: fx.Node) -> Iterator[CutValues]:
+        """Values at the entry of the language model, with an emitter there, ``after`` these."""
         stage = token_stage(program)
         modality = modality_of_tokens(stage)
         layers = find_layers(stage, after=modality.anchor)
@@ -179,7 +179,7 @@ class TokenDrop(Pass):
             prefix=_identifier(self.name),
             ctx=ctx,
         )
-        with emitting(site, entry) as (emit, here, _):
+        with emitting(site, entry, *after) as (emit, here, _):
             yield CutValues(stage, layers, 0, here, counts, emit, {}, program, ctx, modality.kept)
 
     def is_fixed(self) -> bool:

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vlmopt import artifacts
+from vlmopt.analysis.modality import token_stage
 from vlmopt.calibration import Compared, Variant
-from vlmopt.errors import ArtifactError
+from vlmopt.errors import ArtifactError, OptionError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
-from vlmopt.program import Program
+from vlmopt.pipeline.passes import PassContext
+from vlmopt.program import Modality, Program
+from vlmopt.rewrite.classes import input_ids
 from vlmopt.rewrite.heads import without_each_head
 
 
@@ -22,9 +25,9 @@ from vlmopt.rewrite.heads import without_each_head
 class Hawk(TokenDrop, Compared):
     """Keep the visual tokens that the instruction matches in the first layer, positions aside.
 
-    The mean query of the text after the image meets the keys of layer 0 without rotary positions;
-    each head's scores are normalised over the visual tokens and weighted by how much the head
-    matters, an offline artifact (``vlmopt calibrate``). Without one all heads weigh the same.
+    The mean query of the instruction meets the keys of layer 0 without rotary positions; each
+    head's scores are normalised over the visual tokens and weighted by how much the head matters,
+    an offline artifact (``vlmopt calibrate``). Without one all heads weigh the same.
 
     Reference: "HAWK: Head Importance-Aware Visual Token Pruning in Multimodal Models",
     arXiv 2604.07812.
@@ -44,11 +47,22 @@ class Hawk(TokenDrop, Compared):
         "over visual tokens, per head; none: as the paper writes it",
         choices=("l2", "softmax", "minmax", "none"),
     )
+    markers: tuple[int, ...] = option(
+        (),
+        "ids of the tokens that end vision and a message: the instruction is what stands between "
+        "the last of each; empty: all text behind vision",
+        ge=0,
+    )
     weights: str = option("", "JSON file with a weight per head; empty for equal weights")
     all_layers: bool = option(False, "for calibration: leave a head out of all layers, not one")
 
     def requires(self, program: Program) -> None:
         super().requires(program)
+        if len(self.markers) not in (0, 2):
+            raise OptionError(
+                f"{self.name}: option markers has {len(self.markers)} values",
+                hint="give two ids, or none",
+            )
         if self.weights:
             artifacts.read(self.weights, self.name, program)
 
@@ -62,6 +76,35 @@ class Hawk(TokenDrop, Compared):
         total = above.sum(-1, keepdim=True)
         shares = torch.where(total > 0, above / total, 1 / above.shape[-1]).mean(0)
         return {"weights": [round(share, 6) for share in shares.tolist()]}
+
+    def begin(self, program: Program, ctx: PassContext) -> dict[str, fx.Node]:
+        if not self.markers:
+            return {}
+        ids = input_ids(token_stage(program), ctx)
+        with self.at_entry(program, ctx, ids) as values:
+            if values.kept is not None:
+                ids = values.emit.call(torch.ops.aten.gather.default, ids, 1, values.kept)
+            asked = values.emit.trace(self.asked, values.modality, ids, names=("instruction",))
+        return {"instruction": asked}
+
+    def asked(self, modality: Tensor, ids: Tensor) -> Tensor:
+        """``modality`` with padding in place of text that is not between the ``markers``.
+
+        Where there is none, the marker of vision stands in.
+
+        Args:
+            modality, ids: int64 ``[batch, tokens]``.
+        """
+        place = torch.arange(modality.shape[1], device=modality.device)
+
+        def last(where: Tensor) -> Tensor:
+            return torch.where(where, place, -1).amax(-1, keepdim=True)
+
+        start = last(ids == self.markers[0])
+        end = last((ids == self.markers[1]) & (place > start))
+        between = (place > start) & ((place < end) | (end < 0)) & (modality == Modality.TEXT)
+        wanted = between | (~between.any(-1, keepdim=True) & (place == start))
+        return torch.where((modality == Modality.TEXT) & ~wanted, Modality.PADDING, modality)
 
     def score(self, logits: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """Weighted sum over heads.

@@ -218,7 +218,9 @@ def _scaled(values: torch.Tensor) -> torch.Tensor:
     return (values - low) / (high - low) if high > low else torch.zeros_like(values)
 
 
-def hawk(keep: Keep, model: Any) -> Choose:
+def hawk(
+    keep: Keep, model: Any, asked: Callable[[Recorded, int], list[int]] = instruction
+) -> Choose:
     """Queries and keys from the layer's own modules, never rotated."""
 
     def choose(recorded: Recorded, layer: int) -> Choice:
@@ -232,7 +234,7 @@ def hawk(keep: Keep, model: Any) -> Choose:
             query, key = own.q_norm(query), own.k_norm(key)
 
         def score(sample: int, slots: list[int]) -> torch.Tensor:
-            mean = query[sample, instruction(recorded, sample)].mean(0)
+            mean = query[sample, asked(recorded, sample)].mean(0)
             total = torch.zeros(len(slots))
             for head in range(len(mean)):
                 keys = key[sample, slots, head // (len(mean) // key.shape[2])]

@@ -57,6 +57,49 @@ class TestHawk:
         found = Hawk(norm="none").score(logits, every(1, 6))
         torch.testing.assert_close(found, logits.mean(-1))
 
+    @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+    def test_the_instruction_stands_between_markers(self, family: str) -> None:
+        """Behind an image: text, the end of vision, the question (or none), its end, more text."""
+        model = zoo.build(family)
+        inputs = zoo.inputs(family, batch=3, text=(12, 11, 10))
+        ids, spans = inputs["input_ids"], []
+        for row, length in enumerate((3, 1, 0)):
+            start = int(torch.nonzero(ids[row] == zoo.IMAGE)[-1]) + 2
+            ids[row, start], ids[row, start + length + 1] = 60, 61
+            spans.append([*range(start + 1, start + length + 1)] or [start])
+
+        def asked(recorded: Recorded, sample: int) -> list[int]:
+            return spans[sample]
+
+        def plan(how: Any) -> list[tuple[int, methods.Choose]]:
+            return [(0, methods.hawk(half, model, how))]
+
+        visual = ids == zoo.IMAGE
+        oracle = ReducedOracle(model, inputs, visual, plan(asked))
+        check(model, inputs, "hawk{keep=0.5 markers=60,61}", oracle)
+        plain = ReducedOracle(model, inputs, visual, plan(methods.instruction))
+        assert (plain.choices[0].stays != oracle.choices[0].stays).any()
+
+    def test_markers_behind_another_cut(self) -> None:
+        model, inputs = zoo.build("llava"), zoo.inputs("llava", batch=2)
+        inputs["input_ids"][:, -3], inputs["input_ids"][:, -1] = 60, 61
+        first = "stride-drop{layers=0 keep=0.5}"
+        logits = []
+        for second in ("hawk{layers=1 keep=0.5}", "hawk{layers=1 keep=0.5 markers=60,61}"):
+            twin = vlmopt.optimize(model, inputs, f"{first} | {second}", backend="eager")
+            with torch.no_grad():
+                logits.append(twin(**inputs).logits)
+        assert logits[0].shape == logits[1].shape
+
+    def test_markers_need_ids(self) -> None:
+        model, inputs = zoo.build("llava"), zoo.inputs("llava")
+        with pytest.raises(OptionError, match="option markers has 1 values"):
+            vlmopt.optimize(model, inputs, "hawk{markers=60}", backend="eager")
+        options = {"passes": "hawk{keep=0.5 markers=60,61}", "lowering": "eager"}
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="does not see the ids of tokens"), torch.no_grad():
+            torch.compile(model, backend="vlmopt", options=options)(**inputs)
+
     def test_heads_left_out_of_all_layers(self, tmp_path: Path) -> None:
         model, inputs = zoo.build("llava", layers=2), zoo.inputs("llava")
         found = calibrate(model, [inputs], Hawk(all_layers=True), tmp_path / "hawk.json")

@@ -75,7 +75,7 @@ class TokenClasses:
             source = self._by_mask()
         if source is None or not self.special:
             return source
-        ids = self._input_ids(source)
+        ids = input_ids(stage, self.ctx)
         emit = self._emitter(source)
         with stage.graph.inserting_before(_after(source, ids)):
             found: fx.Node = emit.trace(
@@ -93,20 +93,6 @@ class TokenClasses:
                 return found
         return None
 
-    def _input_ids(self, modality: fx.Node) -> fx.Node:
-        stage = self.stage
-        known = stage.find_inputs(Role.INPUT_IDS)
-        if known:
-            return stage.placeholder(known[0])
-        graph = stage.graph
-        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-            node = graph.placeholder("input_ids")
-        with stage.fake_mode():
-            node.meta["val"] = torch.empty_like(modality.meta["val"])
-        self.ctx.stamp(node, 1)
-        stage.inputs = (*stage.inputs, Port(node.name, Role.INPUT_IDS))
-        return node
-
     def _of_kept(self, cut: Cut) -> fx.Node:
         assert self._whole is not None, "of the whole prompt first"
         if cut.kept not in self._made:
@@ -116,6 +102,27 @@ class TokenClasses:
                     modality_of_kept, self._whole, kept, names=("classes",)
                 )
         return self._made[cut.kept]
+
+
+def input_ids(stage: Stage, ctx: PassContext) -> fx.Node:
+    """The ids of the prompt, int64 ``[batch, tokens]``: an input, added if need be.
+
+    Raises:
+        PreconditionError: whoever calls the stage has none.
+    """
+    known = stage.find_inputs(Role.INPUT_IDS)
+    if known:
+        return stage.placeholder(known[0])
+    given = stage.find_inputs(Role.MODALITY)
+    if not given:
+        raise PreconditionError(
+            f"stage {stage.name} does not see the ids of tokens",
+            hint="use vlmopt.optimize, or leave out the option that names ids",
+        )
+    shape = stage.placeholder(given[0]).meta["val"].shape
+    node = stage.add_input(Port("input_ids", Role.INPUT_IDS), *shape, dtype=torch.int64)
+    ctx.stamp(node, 1)
+    return node
 
 
 def _after(*values: fx.Node) -> fx.Node:

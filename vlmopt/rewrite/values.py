@@ -134,14 +134,16 @@ def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     if which == "last":
         slots, weights = values.emit.trace(last_row, values.modality, names=("row", "weight"))
         return slots, weights, 1
-    tokens = values.modality.meta["val"].shape[1]
+    # what is no part of the instruction counts as padding there
+    modality = values.carried.get("instruction", values.modality)
+    tokens = modality.meta["val"].shape[1]
     # a sample whose image ends its prompt needs one row more than it has text
     count: Any = max(1, tokens - min(values.visual))
     if isinstance(tokens, torch.SymInt):
-        size = values.emit.call(aten.sym_size.int, values.modality, 1)
+        size = values.emit.call(aten.sym_size.int, modality, 1)
         count = values.emit.call(operator.sub, size, min(values.visual))
     slots, weights = values.emit.trace(
-        _instruction_rows, values.modality, count, names=("rows", "weights")
+        _instruction_rows, modality, count, names=("rows", "weights")
     )
     return slots, weights, count
 
