@@ -352,6 +352,12 @@ def batch(
     return cast("BatchFeature", inputs)
 
 
+def calibration_samples(processor: Any, number: int = 64) -> list[dict[str, Any]]:
+    """Held-out prompts, one each, for calibrations: drawn otherwise than those of evaluations."""
+    samples = heldout_samples(number, seed=1)
+    return [dict(batch(processor, [scene], [question])) for scene, question in samples]
+
+
 @torch.no_grad()
 def answer(
     model: LlavaForConditionalGeneration,

@@ -95,7 +95,7 @@ class TestHawk:
         model, inputs = zoo.build("llava"), zoo.inputs("llava")
         with pytest.raises(OptionError, match="option markers has 1 values"):
             vlmopt.optimize(model, inputs, "hawk{markers=60}", backend="eager")
-        options = {"passes": "hawk{keep=0.5 markers=60,61}", "lowering": "eager"}
+        options: Any = {"passes": "hawk{keep=0.5 markers=60,61}", "lowering": "eager"}
         torch._dynamo.reset()
         with pytest.raises(Exception, match="does not see the ids of tokens"), torch.no_grad():
             torch.compile(model, backend="vlmopt", options=options)(**inputs)

@@ -9,27 +9,43 @@ from vlmopt.pipeline.options import option_types
 from vlmopt.pipeline.registry import find_pass
 
 
-def token_methods() -> list[str]:
+def token_methods(*, calibrated: bool = False) -> list[str]:
     """Names of the passes that drop visual tokens in the language model, as they come.
 
-    Not those that must be told what to look for, nor those that choose before the vision encoder.
+    Not those that choose before the vision encoder.
+
+    Args:
+        calibrated: those too that cannot do without an artifact.
     """
     found = [(name, find_pass(name)) for name in PASSES]
     drops = [(name, one) for name, one in found if issubclass(one, TokenDrop)]
     return [
         name
         for name, one in drops
-        if "anchors" not in option_types(one) and not issubclass(one, PatchPrune)
+        if (calibrated or not needs_artifact(name)) and not issubclass(one, PatchPrune)
     ]
 
 
-def one_cut(method: str, layer: int, keep: float | int) -> str:
+def needs_artifact(method: str) -> bool:
+    """Whether a method must be told what to look for."""
+    return "anchors" in option_types(find_pass(method))
+
+
+def one_cut(
+    method: str, layer: int, keep: float | int, *, last: int | None = None, artifact: str = ""
+) -> str:
     """The pipeline that keeps ``keep`` of the visual tokens from ``layer`` on, at their positions.
 
     What a method scores before the cut begins at layer 0.
+
+    Args:
+        last: of the layers; a method that leaves tokens out of single layers does so in all up to
+            there, else in ``layer`` only.
+        artifact: path of what a calibration found.
     """
     options = option_types(find_pass(method))
-    chosen = [f"layers={layer}", f"keep={keep}"]
+    through = layer if last is None or not getattr(find_pass(method), "restores", False) else last
+    chosen = [f"layers={','.join(map(str, range(layer, through + 1)))}", f"keep={keep}"]
     if find_pass(method).__dataclass_fields__["positions"].default != "keep":
         chosen.append("positions=keep")
     if "scored" in options:
@@ -38,4 +54,6 @@ def one_cut(method: str, layer: int, keep: float | int) -> str:
         chosen.append("basis=4")
     if "tau_att" in options:
         chosen.append("tau_att=0")
+    if artifact:
+        chosen.append(f"artifact={artifact}")
     return f"{method}{{{' '.join(chosen)}}}"

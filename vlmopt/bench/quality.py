@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlmopt import digits
-from vlmopt.bench.methods import one_cut
+from vlmopt.bench.methods import needs_artifact, one_cut
+from vlmopt.calibration import calibrate
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.registry import find_pass
 from vlmopt.program import Program
@@ -56,6 +59,7 @@ class Exam:
         self.model, self.processor = digits.load_model()
         self.samples = digits.heldout_samples(questions, seed)
         self._programs: dict[Any, Program] = {}
+        self._folder = TemporaryDirectory(prefix="vlmopt-")
 
     def full(self) -> tuple[int, int]:
         """Right answers of the untouched model, and questions."""
@@ -63,10 +67,21 @@ class Exam:
 
     def score(self, method: str, layer: int, keep: float) -> Score:
         """Right answers with one cut."""
-        text = one_cut(method, layer, keep)
+        last = len(self.model.get_decoder().layers) - 1
+        text = one_cut(method, layer, keep, last=last, artifact=self._artifact(method))
         engine = Engine(self.model, partial(run_pipeline, pipeline=text), "eager")
         engine.capture = self._capture
         return Score(method, layer, keep, *self._count(engine.twin))
+
+    def _artifact(self, method: str) -> str:
+        """Of a method that needs one, calibrated on other questions."""
+        if not needs_artifact(method):
+            return ""
+        path = Path(self._folder.name, f"{method}.json")
+        if not path.exists():
+            samples = digits.calibration_samples(self.processor)
+            calibrate(self.model, samples, find_pass(method)(), path)
+        return str(path)
 
     def _count(self, model: Any) -> tuple[int, int]:
         tallies = digits.evaluate(model, self.processor, self.samples).values()

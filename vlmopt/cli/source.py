@@ -121,19 +121,13 @@ def load_samples(source: str) -> Iterable[Any]:
     if source == "digits":
         from vlmopt import digits
 
-        processor = _load_digits()[1]
-        samples = digits.heldout_samples(_CALIBRATION, seed=1)
-        return [dict(digits.batch(processor, [scene], [question])) for scene, question in samples]
+        return digits.calibration_samples(_load_digits()[1])
     if not _FACTORY.fullmatch(source):
         raise ArtifactError(
             f"{source} is neither pkg.mod:factory nor digits",
             hint="name a callable that returns the inputs of one prompt after the other",
         )
     return _find_factory(source)()  # type: ignore[no-any-return]
-
-
-_CALIBRATION = 64
-"""Samples of the bundled model that a calibration takes."""
 
 
 def _load_digits() -> tuple[Any, Any]:
