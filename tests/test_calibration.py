@@ -116,6 +116,8 @@ def test_artifacts_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "hawk.json"
     artifacts.write(path, "hawk", llava, {"weights": [1, 0, 0, 0]})
     assert artifacts.read(path, "hawk", llava)["weights"] == [1, 0, 0, 0]
+    encoded_before = {k: v for k, v in zoo.inputs("llava").items() if k != "pixel_values"}
+    assert artifacts.read(path, "hawk", vlmopt.capture(zoo.build("llava"), encoded_before))
     rewritten = llava.clone()
     run_pipeline(rewritten, "alvts{layers=1 rank=4}")  # adds weights of its own
     assert artifacts.read(path, "hawk", rewritten)["weights"] == [1, 0, 0, 0]

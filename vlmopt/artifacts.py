@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,14 @@ from vlmopt.program import Program
 SCHEMA = 1
 
 
-def fingerprint(program: Program) -> str:
-    """Tells architectures apart: type, names, shapes and dtypes of all weights, in hexadecimal.
+def fingerprint(model_type: str, weights: Iterable[Tensor]) -> str:
+    """Tells architectures apart: by type, shapes and dtypes of all weights, in hexadecimal.
 
-    Prompts make no difference, nor do the values of the weights: what a calibration found out about
-    a model serves its fine-tuned versions too. Nor do passes, since capture records it.
+    The values of the weights make no difference: what a calibration found out about a model serves
+    its fine-tuned versions too. Capture records it, for any prompt and whatever passes do later.
     """
-    recorded = program.metadata.get("fingerprint")
-    if isinstance(recorded, str):
-        return recorded
-    digest = hashlib.sha256(program.model_type.encode())
-    seen = sorted({(tuple(w.shape), str(w.dtype)) for w in program.named_weights().values()})
-    digest.update(repr(seen).encode())
-    return digest.hexdigest()[:16]
+    seen = sorted({(tuple(weight.shape), str(weight.dtype)) for weight in weights})
+    return hashlib.sha256(f"{model_type} {seen!r}".encode()).hexdigest()[:16]
 
 
 def write(
@@ -57,7 +52,7 @@ def write(
     content = {
         "schema": SCHEMA,
         "pass": name,
-        "model": fingerprint(program),
+        "model": program.metadata["fingerprint"],
         "model_type": program.model_type,
         **values,
     }
@@ -116,8 +111,8 @@ def read(path: str | Path, name: str, program: Program | None = None) -> dict[st
     """The values of an artifact for the pass ``name``.
 
     Args:
-        program: the program it is to be used on; ``None``, or one without weights, checks no
-            fingerprint.
+        program: the program it is to be used on. Where there is none, or one that Dynamo has
+            captured, no fingerprint is checked.
 
     Raises:
         ArtifactError: no such file, not an artifact, or one for another pass, version or model.
@@ -142,11 +137,11 @@ def read(path: str | Path, name: str, program: Program | None = None) -> dict[st
         )
     if content.get("pass") != name:
         raise ArtifactError(f"{path} is for {content.get('pass')}, not for {name}", hint=again)
-    known = program is not None and program.named_weights()  # a graph of Dynamo's has none
-    if program is not None and known and content.get("model") != fingerprint(program):
+    known = program.metadata.get("fingerprint") if program is not None else None
+    if program is not None and known is not None and content.get("model") != known:
         raise ArtifactError(
             f"{path} was made with another model ({content.get('model_type')}, fingerprint "
-            f"{content.get('model')}; this is {program.model_type}, {fingerprint(program)})",
+            f"{content.get('model')}; this is {program.model_type}, {known})",
             hint=again,
         )
     return content

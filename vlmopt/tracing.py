@@ -69,7 +69,8 @@ def capture(
                 program = _capture_plain(model, inputs, roles or {})
     finally:
         model.train(training)
-    program.metadata |= {"weights": mode is None, "fingerprint": fingerprint(program)}
+    program.metadata["weights"] = mode is None
+    program.metadata["fingerprint"] = fingerprint(program.model_type, model.parameters())
     return program.clone()  # names given later depend on no node that capture removed
 
 
