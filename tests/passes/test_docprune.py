@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlmopt.lowering.onnx import export_program
 from vlmopt.passes.tokens import page, select
 from vlmopt.passes.tokens.comprehension_prune import ComprehensionPrune
 from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.program import Program
 
 
 class TestComprehension:
@@ -96,7 +98,7 @@ class TestComprehension:
     def test_what_depends_on_the_prompt_cannot_be_skipped(self) -> None:
         text = "comprehension-prune{layers=1 tau_att=1} | sublayer-skip{skip=2}"
         with pytest.raises(PreconditionError, match="depends on the prompt"):
-            vlmopt.optimize(zoo.build("llava"), zoo.inputs("llava"), text)
+            run_pipeline(captured("llava"), text)
 
     def test_the_layer(self) -> None:
         norms = torch.tensor([[10.0, 30, 50, 70]])
@@ -112,6 +114,16 @@ class TestComprehension:
         assert method.passing(score)[0].tolist() == [False, True, True, False, False]
         even = method.score(torch.zeros(1, 5), visual)
         torch.testing.assert_close(even[visual], torch.ones(3))
+
+
+@functools.cache
+def _captured(family: str) -> Program:
+    return vlmopt.capture(zoo.build(family), zoo.inputs(family, batch=2, text=(6, 6)))
+
+
+def captured(family: str) -> Program:
+    """Two images, captured once."""
+    return _captured(family).clone()
 
 
 MERGE = {"smolvlm": 2, "internvl": 2, "qwen2_vl": 2, "qwen3_vl": 2, "glm4v": 2}
@@ -176,14 +188,14 @@ class TestBackground:
         check(zoo.build("llava"), inputs, text, oracle, tokens=4)
 
     def test_nothing_changes_where_nothing_can_go(self) -> None:
-        program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+        program = captured("llava")
         before = program["vision_encoder"].graph_module.code
         run_pipeline(program, "bg-prune{tau_bg=1 keep=1}")
         assert program["vision_encoder"].graph_module.code == before
         assert not program["language_model"].cuts
 
     def test_the_encoder_is_smaller(self) -> None:
-        program = vlmopt.capture(zoo.build("qwen2_vl"), zoo.inputs("qwen2_vl", batch=2))
+        program = captured("qwen2_vl")
         run_pipeline(program, "bg-prune{keep=0.25}")
         attention = torch.ops.aten.scaled_dot_product_attention.default
         shapes = [
@@ -194,12 +206,12 @@ class TestBackground:
         assert shapes == [(2, 4, 16, 8)] * 2  # 4 of 16 tokens, of 4 patches each
 
     def test_several_images_in_one_row_are_refused(self) -> None:
-        program = vlmopt.capture(zoo.build("mistral3"), zoo.inputs("mistral3", batch=2))
+        program = captured("mistral3")
         with pytest.raises(PreconditionError, match="a mask keeps them apart"):
             run_pipeline(program, "bg-prune{keep=0.5}")
 
     def test_windows_are_refused(self) -> None:
-        program = vlmopt.capture(zoo.build("qwen2_5_vl"), zoo.inputs("qwen2_5_vl"))
+        program = captured("qwen2_5_vl")
         with pytest.raises(PreconditionError, match="cut it into windows"):
             run_pipeline(program, "bg-prune{keep=0.5}")
 
@@ -213,7 +225,7 @@ class TestBackground:
         ],
     )
     def test_other_passes(self, text: str, message: str) -> None:
-        program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+        program = captured("llava")
         with pytest.raises(PreconditionError, match=message):
             run_pipeline(program, text)
 
@@ -306,7 +318,7 @@ class TestQuestion:
         torch.testing.assert_close(page.similarity(pages, longer), once)
 
     def test_a_grid_that_is_not_there(self) -> None:
-        program = vlmopt.capture(zoo.build("qwen2_vl"), zoo.inputs("qwen2_vl"))
+        program = captured("qwen2_vl")
         with pytest.raises(PreconditionError, match="form no grid of 6 by 10"):
             run_pipeline(program, "query-prune{size=3,5}")
         with pytest.raises(OptionError, match="option retriever has 2 values"):
@@ -346,8 +358,7 @@ class TestTogether:
 
     @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
     def test_onnx_runtime_agrees(self, family: str, tmp_path: Path) -> None:
-        model, inputs = zoo.build(family), zoo.inputs(family, batch=2, text=(6, 6))
-        program = vlmopt.capture(model, inputs)
+        program = captured(family)
         run_pipeline(program, f"docprune{{tau_bg=0.004 layers=0,2 keep=0.5,0.5 {RETRIEVER}}}")
         stages = ["vision_encoder", "language_model", "decode"]
         report = export_program(program, tmp_path / "out", stages=stages)
@@ -355,6 +366,6 @@ class TestTogether:
         assert "encoded_kept" in report.errors["vision_encoder"]
 
     def test_layers_that_are_none(self) -> None:
-        program = vlmopt.capture(zoo.build("llava"), zoo.inputs("llava"))
+        program = captured("llava")
         with pytest.raises(OptionError, match="not at layers 1,2"):
             run_pipeline(program, "docprune{layers=1,2}")
