@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import vlmopt
-from tests.toys import Block, Decoder, decoder
+from tests.toys import Block, Decoder, decoder, mixture, mixtures
 from vlmopt import errors
 from vlmopt.graph.verify import verify_program
 from vlmopt.lowering.onnx import export_program
@@ -192,6 +192,19 @@ def test_no_visual_tokens() -> None:
 no token of this Decoder program comes from vision
   try: capture it with inputs that hold an image; for a plain module name the input that tells modalities: capture(..., roles={'modality': Role.MODALITY})
   in:  pass 1 of 1, v2drop{layers=1 keep=0.5}""",
+    )
+
+
+def test_expert_mismatch() -> None:
+    modality = torch.ones(1, 6, dtype=torch.int64)
+    program = mixtures(mixture(dispatch="dense"), torch.randn(1, 6, 8), modality)
+    assert_expected_inline(
+        message(errors.ExpertMismatchError, lambda: run_pipeline(program, "expert-topk")),
+        """\
+all 4 experts compute all tokens, whatever the router chooses
+  at:  %getitem_1 (layers.0, toys.py:LINE)
+  try: nothing can be skipped unless tokens are sent to their experts; choose another implementation of the experts before capturing, if the model has one
+  in:  pass 1 of 1, expert-topk""",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from vlmopt import artifacts, families
 from vlmopt.analysis.modality import token_stage
 from vlmopt.errors import ArtifactError, OptionError
 from vlmopt.partial import PartialRows, PartialState
+from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.passes import Pass
 from vlmopt.program import Program
 from vlmopt.runtime.model import Engine
-from vlmopt.tracing import capture, modality_of
+from vlmopt.tracing import capture, layout_of, modality_of
 
 Variant = Callable[[Program], Any]
 Sample = Mapping[str, Any]
@@ -91,6 +93,40 @@ class Compared(Calibrated):
         return _Answers(model, self.variants(program), program, sample).divergences
 
 
+Run = Callable[[Sequence[int], Pass], list[float]]
+"""``(key, pass) -> [divergence, *sums]`` for the model rewritten by the pass, over all samples: the
+mean divergence of an answer, sums of what :meth:`Searched.trial` gives. What was run once under a
+key is not run again."""
+
+
+class Searched(Compared):
+    """A calibrated pass that, knowing how its variants compare, tries settings one by one.
+
+    Rows begin with the number of answers of a sample.
+    """
+
+    def measure(self, model: Any, program: Program, sample: Sample) -> Measure:
+        answers = _Answers(model, self.variants(program), program, sample)
+        return lambda one: [_count_answers(one), *answers.divergences(one)]
+
+    @abstractmethod
+    def search(self, program: Program, rows: Tensor, run: Run) -> dict[str, Any]:
+        """The values of the artifact.
+
+        Args:
+            rows: float64 ``[samples, 1 + variants]``.
+            run: tries a setting on all samples.
+        """
+
+    @abstractmethod
+    def trial(self, reported: Mapping[str, Tensor]) -> list[float]:
+        """What one sample adds beside the divergence.
+
+        Args:
+            reported: outputs of the rewritten model of the role ``counts``, by name.
+        """
+
+
 class Embedded(Calibrated):
     """A calibrated pass that looks at what enters the language model."""
 
@@ -141,7 +177,7 @@ class Watched(Calibrated):
 
         def seen(one: Sample) -> Any:
             with torch.no_grad():
-                engine.twin(**one)
+                engine.twin(**without_labels(one))
             return found.pop().tolist()
 
         return seen
@@ -170,7 +206,8 @@ def calibrate(
 
     Args:
         model: a Hugging Face model; run in eval mode, left as it was.
-        samples: inputs as its processor returns them, always in the same order.
+        samples: inputs as its processor returns them, always in the same order; ``labels`` tell
+            which tokens are answers to compare (-100 for the others), by default the next token.
         passes: the pass, with options.
         path: file to write: ``.safetensors`` for a pass that learns tensors, else JSON.
         progress: called with the samples done, and how many there are, if that is known.
@@ -189,6 +226,8 @@ def calibrate(
             f"{passes.name} needs no calibration",
             hint="vlmopt passes NAME tells which options take an artifact",
         )
+    if isinstance(passes, Searched) and not isinstance(samples, Sequence):
+        samples = list(samples)  # run once for each setting
     path = Path(path)
     artifacts.require_writable(path, isinstance(passes, Learning), overwrite=overwrite)
     total = len(samples) if isinstance(samples, Sequence) else None
@@ -199,7 +238,7 @@ def calibrate(
     training = model.training
     model.eval()
     try:
-        program = capture(model, dict(first))
+        program = capture(model, without_labels(first))
         measure = passes.measure(model, program, first)
         done = _begin(path.with_name(path.name + ".partial"), str(passes), measure)
         for count, sample in enumerate(chain([first], remaining), start=1):
@@ -207,13 +246,22 @@ def calibrate(
                 done.add(measure(sample))
             if progress is not None:
                 progress(count, total)
+        partials = [done]
+        if isinstance(passes, Searched):
+            assert isinstance(samples, Sequence), "made so above"
+            trials = _Trials(model, samples, passes, path, progress, (program, first))
+            rows = torch.tensor(done.rows, dtype=torch.float64)
+            values = passes.search(program, rows, trials.run)
+            partials.append(trials.done)
+        else:
+            values = passes.summarise(program, done.rows)
     finally:
         model.train(training)
-    values = passes.summarise(program, done.rows)
     values = {"options": str(passes), "samples": len(done.rows), **values}
     tensors = measure.result() if isinstance(measure, Learner) else None
     artifacts.write(path, passes.name, program, values, tensors, overwrite=overwrite)
-    done.remove()
+    for partial_file in partials:
+        partial_file.remove()
     return values
 
 
@@ -252,9 +300,72 @@ class _Answers:
     def divergences(self, sample: Sample) -> list[float]:
         self._sample = sample
         with torch.no_grad():
-            reference = _next_token(self.model, sample)
-            found = [_next_token(engine.twin, sample) for engine in self.engines]
+            reference, _ = _answers(self.model, sample)
+            found = [_answers(engine.twin, sample)[0] for engine in self.engines]
         return [float(_divergence(reference, other)) for other in found]
+
+
+class _Trials:
+    """Runs a model rewritten in different ways on all samples, and remembers the results.
+
+    Args:
+        path: of the artifact; results are kept beside it.
+        captured: the model as captured with a sample.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        samples: Sequence[Sample],
+        passes: Searched,
+        path: Path,
+        progress: Callable[[int, int | None], None] | None,
+        captured: tuple[Program, Sample],
+    ) -> None:
+        self.model = model
+        self.samples = samples
+        self.passes = passes
+        self.progress = progress
+        self.done = PartialRows(path.with_name(path.name + ".trials.partial"), str(passes))
+        program, sample = captured
+        self._programs = {self._key(sample): program}
+
+    def run(self, key: Sequence[int], one: Pass) -> list[float]:
+        for row in self.done.rows:
+            if row["key"] == list(key):
+                return list(row["found"])
+        engine = Engine(self.model, partial(run_pipeline, pipeline=[one]), "eager")
+        engine.capture = self._capture
+        harm, answers = 0.0, 0
+        sums: list[float] = []
+        for sample in self.samples:
+            with torch.no_grad():
+                reference, _ = _answers(self.model, sample)
+                found, result = _answers(engine.twin, sample)
+            count = _count_answers(sample)
+            harm += count * float(_divergence(reference, found))
+            answers += count
+            added = self.passes.trial(result.past_key_values.reported)
+            sums = [
+                one + other for one, other in zip(sums or [0.0] * len(added), added, strict=True)
+            ]
+        outcome = [harm / answers, *sums]
+        self.done.add({"key": list(key), "found": outcome})
+        if self.progress is not None:
+            self.progress(len(self.done.rows), None)
+        return outcome
+
+    def _capture(self, inputs: dict[str, Any]) -> Program:
+        """One capture serves all trials of prompts of one shape."""
+        key = self._key(inputs)
+        if key not in self._programs:
+            self._programs[key] = capture(self.model, inputs)
+        return self._programs[key].clone()
+
+    def _key(self, inputs: Sample) -> str:
+        visual = families.visual_token_ids(self.model.config)
+        modality = modality_of(inputs["input_ids"], inputs.get("attention_mask"), visual)
+        return str(layout_of(modality))
 
 
 def _entering(model: Any, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -267,17 +378,42 @@ def _entering(model: Any, sample: Sample) -> tuple[Tensor, Tensor]:
     hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(**sample)
+            model(**without_labels(sample))
     finally:
         hook.remove()
     visual = families.visual_token_ids(model.config)
     return entered[0], modality_of(sample["input_ids"], sample.get("attention_mask"), visual)
 
 
-def _next_token(model: Any, sample: Sample) -> Tensor:
-    """Log-probabilities of the token after the last one that is not padding: float64."""
-    logits = model(**sample).logits.double()
-    return torch.log_softmax(logits[:, -1], dim=-1)
+def _answers(model: Any, sample: Sample) -> tuple[Tensor, Any]:
+    """Log-probabilities of the answers, and what the model returns.
+
+    Answers are the tokens that ``labels`` of the sample name (not -100), given those before them;
+    without labels the token after the prompt.
+
+    Returns:
+        float64 ``[answers, vocabulary]``.
+    """
+    labels = sample.get("labels")
+    result = model(**without_labels(sample))
+    logits = result.logits
+    if labels is None:
+        found = logits[:, -1]
+    else:
+        # counted from the end: tokens that were dropped stood before
+        asked = (labels[:, 1:] != -100)[:, -logits.shape[1] + 1 :]
+        found = logits[:, :-1][asked]
+    return torch.log_softmax(found.double(), dim=-1), result
+
+
+def without_labels(sample: Sample) -> dict[str, Any]:
+    """The prompt of a sample, and nothing of its answers."""
+    return {name: value for name, value in sample.items() if name != "labels"}
+
+
+def _count_answers(sample: Sample) -> int:
+    labels = sample.get("labels")
+    return len(sample["input_ids"]) if labels is None else int((labels[:, 1:] != -100).sum())
 
 
 def _divergence(reference: Tensor, other: Tensor) -> Tensor:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmopt import artifacts
+from vlmopt.calibration import Run, Searched, Variant
 from vlmopt.errors import OptionError
-from vlmopt.passes.experts.base import ExpertSkip, layers_with_experts
+from vlmopt.passes.experts import frontier
+from vlmopt.passes.experts.base import PAIRS, ExpertSkip, layers_with_experts
+from vlmopt.passes.experts.bypass import KINDS, Bypass
+from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.options import option
 from vlmopt.program import Modality, Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoDES(ExpertSkip):
+class MoDES(ExpertSkip, Searched):
     """Skip the experts whose weight matters little for their layer and modality.
 
     The score of a pair of token and expert is the router's weight times a weight of the layer, one
@@ -40,6 +46,18 @@ class MoDES(ExpertSkip):
     text_weights: tuple[float, ...] = option((), "of each layer with experts; none: 1", ge=0)
     vision_weights: tuple[float, ...] = option((), "of each layer with experts; none: 1", ge=0)
     artifact: str = option("", "JSON file with weights and thresholds, in place of the above")
+
+    rho: float = option(
+        0.8, "for calibration: share of pairs of token and expert to skip", gt=0, lt=1
+    )
+    grid: int = option(100, "for calibration: thresholds to try of each modality", ge=2)
+    linear: bool = option(False, "for calibration: thresholds spread evenly")
+    bypass: str = option(
+        "normed_input",
+        "for calibration: what takes the place of a layer's experts, as in published weights, or "
+        "zero",
+        choices=("normed_input", "zero"),
+    )
 
     def is_neutral(self, program: Program) -> bool:
         return not any(self.settings(program)["thresholds"].values())
@@ -109,3 +127,70 @@ class MoDES(ExpertSkip):
         seen = classes == Modality.VISION
         # an expert that only just reaches the threshold stays
         return torch.where(seen, weights * vision_weight >= vision, weights * text_weight >= text)
+
+    def variants(self, program: Program) -> list[Variant]:
+        """The routed experts of one layer left out for text, then for vision; layer by layer."""
+        return [
+            partial(
+                run_pipeline,
+                pipeline=[Bypass(layer=layer, kind=kind, special=self.special, result=self.bypass)],
+            )
+            for layer in layers_with_experts(program)
+            for kind in KINDS
+        ]
+
+    def search(self, program: Program, rows: Tensor, run: Run) -> dict[str, Any]:
+        count = rows[:, :1]
+        drift = ((rows[:, 1:].clamp(min=0) * count).sum(0) / count.sum()).view(-1, 2)
+        weights = {
+            kind: frontier.layer_weights(drift[:, at].tolist()) for at, kind in enumerate(KINDS)
+        }
+        ends = {"text": frontier.TEXT_END, "vision": frontier.VISION_END}
+        grids = {
+            kind: frontier.threshold_grid(self.grid, end, linear=self.linear)
+            for kind, end in ends.items()
+        }
+
+        def setting(text: int, vision: int) -> MoDES:
+            return MoDES(
+                text=grids["text"][text],
+                vision=grids["vision"][vision],
+                text_weights=tuple(weights["text"]),
+                vision_weights=tuple(weights["vision"]),
+                special=self.special,
+                count=True,
+            )
+
+        def measure(text: int, vision: int) -> tuple[float, float]:
+            harm, *pairs = run((text, vision), setting(text, vision))
+            return _skipped(torch.tensor(pairs).view(-1, 3, 2).sum((0, 1))), harm
+
+        found = frontier.search_frontier(self.grid, self.rho, measure)
+        _, *pairs = run((found.text, found.vision), setting(found.text, found.vision))
+        by_layer = torch.tensor(pairs).view(-1, 3, 2)
+        return {
+            "layers": list(layers_with_experts(program)),
+            "weights": weights,
+            "thresholds": {
+                "text": grids["text"][found.text],
+                "vision": grids["vision"][found.vision],
+            },
+            "rho": self.rho,
+            "bypass": self.bypass,
+            "skipped": found.share,
+            "divergence": found.harm,
+            "skipped_by_layer": {
+                kind: [round(_skipped(layer[at]), 6) for layer in by_layer]
+                for at, kind in enumerate(KINDS)
+            },
+            "trials": len(found.evaluated),
+        }
+
+    def trial(self, reported: Mapping[str, Tensor]) -> list[float]:
+        return [float(value) for value in reported[PAIRS].flatten()]
+
+
+def _skipped(pairs: Tensor) -> float:
+    """The share of pairs that are not computed, from their numbers in all and computed."""
+    every, computed = pairs.tolist()
+    return 1 - computed / every if every else 0.0

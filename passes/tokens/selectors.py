@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
 from vlmopt.analysis.sublayers import attention_of, projection_of
-from vlmopt.calibration import Learner, Sample, observing
+from vlmopt.calibration import Learner, Sample, observing, without_labels
 from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import attention_arguments, attention_mask, is_causal
 from vlmopt.program import Modality, Program, Stage, fetch_attr
@@ -193,7 +193,7 @@ class SelectorLearner(Learner):
     def __call__(self, sample: Sample) -> list[float]:
         """The loss of each layer before its step."""
         with torch.no_grad():
-            self._engine.twin(**sample)
+            self._engine.twin(**without_labels(sample))
         return [self._losses[layer] for layer in self.layers]
 
     def state(self) -> dict[str, Tensor]:

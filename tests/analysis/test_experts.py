@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import toys
 import zoo
 
 import vlmopt
+from tests import toys
 from vlmopt.analysis.experts import Dispatch, find_experts
 from vlmopt.errors import PreconditionError
 from vlmopt.passes.experts.naee import Naee

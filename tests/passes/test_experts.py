@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from oracles.reduced import ReducedOracle
 
 import vlmopt
 from vlmopt.analysis.experts import find_experts
+from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError
 from vlmopt.graph.compare import random_inputs
 from vlmopt.passes.experts import frontier
@@ -106,10 +108,15 @@ def test_a_model_of_text_alone() -> None:
 
     def made() -> Any:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         config = MixtralConfig(
-            **sizes, **heads, num_hidden_layers=2, num_local_experts=4, pad_token_id=0
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            vocab_size=64,
+            pad_token_id=0,
         )
         return spread(MixtralForCausalLM(config).eval())
 
@@ -272,3 +279,45 @@ def test_layers_weigh_as_answers_drift() -> None:
     assert frontier.layer_weights([1.0, 3.0]) == [0.25, 0.75]
     with pytest.raises(OptionError, match="the same without the experts"):
         frontier.layer_weights([0.0, 0.0])
+
+
+def test_calibration(tmp_path: Path) -> None:
+    """Weights sum to 1, enough is skipped, and the artifact does what was measured."""
+    model = build("qwen3_vl_moe")
+    samples = [zoo.inputs("qwen3_vl_moe", seed=seed) for seed in range(2)]
+    labels = torch.full_like(samples[1]["input_ids"], -100)
+    labels[:, -3:] = samples[1]["input_ids"][:, -3:]
+    samples[1]["labels"] = labels  # the answers, three of them
+    path = tmp_path / "modes.json"
+    one = MoDES(rho=0.3, grid=4, linear=True)
+    runs: list[int] = []
+
+    def interrupt(done: int, total: int | None) -> None:
+        runs.append(done)
+        if len(runs) == 4:  # in the middle of the search
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, samples, one, path, progress=interrupt)
+    assert runs == [1, 2, 1, 2]
+    values = calibrate(model, samples, one, path, progress=lambda done, total: runs.append(done))
+    assert runs[4:7] == [1, 2, 3]  # what was measured is not measured again
+    assert not list(tmp_path.glob("*.partial"))
+    assert [sum(values["weights"][kind]) for kind in ("text", "vision")] == pytest.approx([1, 1])
+    assert values["layers"] == [0, 1]
+    assert values["skipped"] >= 0.3
+    assert values["trials"] <= 8
+    for sample in samples:
+        sample.pop("labels", None)
+    optimized = vlmopt.optimize(
+        model, samples[0], f"modes{{artifact={path} count=true}}", backend="eager"
+    )
+    pairs = torch.zeros(2, 3, 2)
+    with torch.no_grad():
+        for sample in samples:
+            pairs += optimized(**sample).past_key_values.reported["expert_pairs"]
+    every, computed = pairs.sum((0, 1)).tolist()
+    assert 1 - computed / every == pytest.approx(values["skipped"], abs=1e-6)
+    for at, kind in enumerate(("text", "vision")):
+        shares = 1 - pairs[:, at, 1] / pairs[:, at, 0]
+        assert shares.tolist() == pytest.approx(values["skipped_by_layer"][kind], abs=1e-5)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-import toys
 from safetensors.torch import load_file
 
 import vlmopt
+from tests import toys
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.experts import frontier
 from vlmopt.passes.experts.bypass import Bypass
@@ -399,6 +399,10 @@ def test_embedlens_classes() -> None:
 NAMES = ("alpha", "tau")
 
 
+def official_mixture(tensors: dict[str, torch.Tensor], k: int) -> toys.Mixture:
+    return toys.Mixture(tensors["gate_weight"], tensors["gate_up"], tensors["down"], k)
+
+
 def test_modes_at_run_time() -> None:
     for description, tensors in cases("34-modes"):
         given = description["parameters"]
@@ -410,8 +414,7 @@ def test_modes_at_run_time() -> None:
         wanted = tensors["router_weights_skipped"].gather(1, tensors["topk_ids"])
         assert torch.equal(torch.where(stays, full, 0.0), wanted)
         assert int((~stays).sum()) == description["results"]["skipped_pairs"]
-        parts = (tensors[name] for name in ("gate_weight", "gate_up", "down"))
-        layer, x = toys.Mixture(*parts, given["k"]), tensors["x"]
+        layer, x = official_mixture(tensors, given["k"]), tensors["x"]
         torch.testing.assert_close(layer(x), tensors["out_full"], atol=1e-6, rtol=1e-6)
         # with no ids in the graph, special tokens are told by their modality
         modality = classes_of.reshape(x.shape[:2])
@@ -426,8 +429,7 @@ def test_modes_at_run_time() -> None:
 
 def test_modes_bypasses_experts() -> None:
     for description, tensors in cases("34-modes"):
-        parts = (tensors[name] for name in ("gate_weight", "gate_up", "down"))
-        layer, x = toys.Mixture(*parts, description["parameters"]["k"]), tensors["x"]
+        layer, x = official_mixture(tensors, description["parameters"]["k"]), tensors["x"]
         modality = torch.tensor([Modality.TEXT, Modality.VISION, SPECIAL])[tensors["token_class"]]
         captured = toys.mixtures(layer, x, modality)
         for kind, value in (("text", Modality.TEXT), ("vision", Modality.VISION)):

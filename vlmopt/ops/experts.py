@@ -29,12 +29,13 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[rows, result width]``; zeros for rows behind the last group.
     """
-    result = rows.new_zeros(rows.shape[0], weights.shape[2])
+    result = rows.new_empty(rows.shape[0], weights.shape[2])
     start = 0
     for group, end in enumerate(ends.tolist()):
         if end > start:
-            result[start:end] = rows[start:end] @ weights[group]
+            torch.mm(rows[start:end], weights[group], out=result[start:end])
         start = end
+    result[start:] = 0
     return result
 
 
