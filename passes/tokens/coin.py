@@ -35,6 +35,7 @@ class CoIn(TokenDrop):
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))
+    positions: str = override(TokenDrop, "positions", "auto")
     alpha: float = option(0.5, "weight of volume against information", ge=0, le=1)
     beta: float = option(0.5, "weight of norm against alignment with the text", ge=0, le=1)
     ridge: float = option(1e-6, "added to the Gram matrix, times the mean squared norm", gt=0)

@@ -36,6 +36,7 @@ class SCoRe(TokenDrop):
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))
+    positions: str = override(TokenDrop, "positions", "auto")
     alpha: float = option(0.8, "how much salience counts against distance", ge=0)
 
     def score(self, attention: Tensor, features: Tensor, valid: Tensor, count: int) -> Tensor:  # type: ignore[override]

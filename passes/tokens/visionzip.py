@@ -30,6 +30,7 @@ class VisionZip(RankedMerge):
     reference = "arXiv 2412.04467"
 
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))
+    positions: str = override(TokenDrop, "positions", "auto")
     context: float = option(0.16, "share of the tokens that stay which take in others", ge=0, le=1)
 
     def groups(self, attention: Tensor, valid: Tensor, present: Tensor) -> Groups:

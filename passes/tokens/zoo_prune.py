@@ -43,6 +43,7 @@ class ZooPrune(TokenDrop):
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))
+    positions: str = override(TokenDrop, "positions", "auto")
     directions: int = option(64, "random directions", ge=1)
     seed: int = option(0, "seed of the directions", ge=0)
 

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
             (1, vlm_pruner(half, (4, 4), channels=256, batch=16, threshold=-0.5, clamp=False))
         ],
     ),
-    "coin": ("coin{keep=0.25}", lambda model: [(0, methods.coin(quarter_of_all))]),
+    "coin": ("coin{keep=0.25 positions=keep}", lambda model: [(0, methods.coin(quarter_of_all))]),
     "apet": ("apet{layers=1 keep=0.5 basis=3}", lambda model: [(1, methods.apet(half, 3))]),
     "alvts": (
         "alvts{layers=0,1,3 keep=0.5 rank=32}",

@@ -32,11 +32,11 @@ def quarter(original: int, present: int) -> int:
 
 CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
     "visionzip": (
-        "visionzip{keep=0.5 context=0.25}",
+        "visionzip{keep=0.5 context=0.25 positions=keep}",
         lambda found: [(0, encoded.visionzip(found, half, 0.25))],
     ),
     "visionzip-few": (
-        "visionzip{keep=0.25 context=0.5}",
+        "visionzip{keep=0.25 context=0.5 positions=keep}",
         lambda found: [(0, encoded.visionzip(found, quarter, 0.5))],
     ),
     "duet-vlm": (
@@ -46,9 +46,9 @@ CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
             (2, methods.duet(lambda original, present: 4)),
         ],
     ),
-    "score": ("score{keep=0.5}", lambda found: [(0, encoded.score(found, half, 0.8))]),
+    "score": ("score{keep=0.5 positions=keep}", lambda found: [(0, encoded.score(found, half, 0.8))]),
     "composed": (
-        "visionzip{keep=0.5 context=0.25} | fastv{layers=2 keep=0.5}",
+        "visionzip{keep=0.5 context=0.25 positions=keep} | fastv{layers=2 keep=0.5}",
         lambda found: [(0, encoded.visionzip(found, half, 0.25)), (2, methods.fastv(half))],
     ),
 }
@@ -56,7 +56,7 @@ FAMILIES = dict.fromkeys(CASES, ("llava", "qwen2_5_vl")) | {
     "visionzip": ("llava", "gemma3", "smolvlm", "qwen2_5_vl"),
     "score": ("llava", "gemma3", "smolvlm", "qwen2_5_vl"),
 }
-ZOO_PRUNE = "zoo-prune{keep=0.5 directions=6}"
+ZOO_PRUNE = "zoo-prune{keep=0.5 directions=6 positions=keep}"
 
 
 @pytest.mark.parametrize(

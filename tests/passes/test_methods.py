@@ -29,7 +29,7 @@ def test_a_method_equals_its_eager_reference(method: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "internvl"])
-@pytest.mark.parametrize("method", ["duet-vlm", "transprune"])
+@pytest.mark.parametrize("method", ["coin", "duet-vlm", "transprune"])
 def test_positions_are_renumbered(method: str, family: str) -> None:
     text, plan = CASES[method]
     model, inputs = zoo.build(family), zoo.inputs(family, batch=3)
