@@ -498,5 +498,5 @@ def _cut(entry: Mapping[str, Any]) -> Cut:
         entry["renumbered"],
         tuple(entry["slots"]),
         entry["until"],
-        entry["fillers"],
+        entry.get("fillers", False),  # folders of before have none
     )
