@@ -46,7 +46,10 @@ CASES: dict[str, tuple[str, Callable[[Any], Plan]]] = {
             (2, methods.duet(lambda original, present: 4)),
         ],
     ),
-    "score": ("score{keep=0.5 positions=keep}", lambda found: [(0, encoded.score(found, half, 0.8))]),
+    "score": (
+        "score{keep=0.5 positions=keep}",
+        lambda found: [(0, encoded.score(found, half, 0.8))],
+    ),
     "composed": (
         "visionzip{keep=0.5 context=0.25 positions=keep} | fastv{layers=2 keep=0.5}",
         lambda found: [(0, encoded.visionzip(found, half, 0.25)), (2, methods.fastv(half))],
