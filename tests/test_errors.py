@@ -15,7 +15,8 @@ from expecttest import assert_expected_inline
 from torch import nn
 
 import vlmopt
-from tests.toys import Block, Decoder, decoder, mixture, mixtures
+from tests.mixtures import mixture, mixtures
+from tests.toys import Block, Decoder, decoder
 from vlmopt import errors
 from vlmopt.graph.verify import verify_program
 from vlmopt.lowering.onnx import export_program
@@ -132,7 +133,7 @@ def test_backend() -> None:
         ),
         """\
 there is no backend 'tensorrt'
-  try: choose one of inductor, eager""",
+  try: choose one of inductor, onednn, eager""",
     )
 
 
@@ -202,7 +203,7 @@ def test_expert_mismatch() -> None:
         message(errors.ExpertMismatchError, lambda: run_pipeline(program, "expert-topk")),
         """\
 all 4 experts compute all tokens, whatever the router chooses
-  at:  %getitem_1 (layers.0, toys.py:LINE)
+  at:  %getitem_1 (layers.0, mixtures.py:LINE)
   try: nothing can be skipped unless tokens are sent to their experts; choose another implementation of the experts before capturing, if the model has one
   in:  pass 1 of 1, expert-topk""",
     )
@@ -257,7 +258,7 @@ def test_verify() -> None:
         message(errors.VerifyError, lambda: verify_program(program, "full")),
         """\
 propagation: %gelu is recorded as f32[1,5,32] but is f32[1,6,32]
-  at:  %gelu (layers.0, toys.py:LINE)""",
+  at:  %gelu (layers.0, mixtures.py:LINE)""",
     )
 
 

@@ -137,12 +137,10 @@ PAIRS = "expert_pairs"
 
 
 def _report(stage: Stage, counts: list[fx.Node], ctx: PassContext, prefix: str) -> None:
-    output = stage.graph.output_node()
     emit = Emitter.of_pass(ctx, stage, counts[-1], prefix)
-    with stage.graph.inserting_before(output):
+    with stage.graph.inserting_before(stage.graph.output_node()):
         together = emit.call(torch.ops.aten.stack.default, counts, name=PAIRS)
-    output.args = ((*output.args[0], together),)  # type: ignore[misc]
-    stage.outputs = (*stage.outputs, Port(PAIRS, Role.COUNTS))
+    stage.add_output(Port(PAIRS, Role.COUNTS), together)
 
 
 def _stages(program: Program) -> list[Stage]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vlmopt.analysis.layers import find_layers
+from vlmopt.analysis.layers import find_layers, layer_of
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
 from vlmopt.analysis.sublayers import attention_of, projection_of
 from vlmopt.calibration import Learner, Sample, observing, without_labels
@@ -98,9 +98,10 @@ class Projections:
         query, key = (projection_of(value) for value in given[:2])
         rows = query.args[0]
         if key.args[0] is not rows or not isinstance(rows, fx.Node):
+            place = layer_of(attention)
             raise PreconditionError(
-                "selectors copy projections of one input, and query and key are projected from "
-                "different ones",
+                "selectors copy projections of one input, and query and key of layer "
+                f"{place[1] if place else '?'} are projected from different ones",
                 node=query,
                 hint="choose another method for a model with latent attention",
             )

@@ -9,7 +9,8 @@ import torch
 import zoo
 
 import vlmopt
-from tests import toys
+from tests import mixtures
+from tests.toys import decoder
 from vlmopt.analysis.experts import Dispatch, find_experts
 from vlmopt.errors import PreconditionError
 from vlmopt.passes.experts.naee import Naee
@@ -41,8 +42,8 @@ def given() -> tuple[torch.Tensor, torch.Tensor]:
 def test_skipping_in_every_form(
     form: str, dispatch: str, given: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    layer = toys.mixture(dispatch=dispatch, **FORMS[form])
-    program = toys.mixtures(layer, *given)
+    layer = mixtures.mixture(dispatch=dispatch, **FORMS[form])
+    program = mixtures.mixtures(layer, *given)
     found = find_experts(program["model"])
     assert not found.misses
     (block,) = found.blocks
@@ -74,7 +75,7 @@ NEAR: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("form", NEAR)
 def test_near_misses_say_why(form: str, given: tuple[torch.Tensor, torch.Tensor]) -> None:
     options, why = NEAR[form]
-    program = toys.mixtures(toys.mixture(**options), *given)
+    program = mixtures.mixtures(mixtures.mixture(**options), *given)
     found = find_experts(program["model"])
     assert not found.blocks
     (miss,) = found.misses
@@ -86,11 +87,11 @@ def test_near_misses_say_why(form: str, given: tuple[torch.Tensor, torch.Tensor]
 
 def test_a_model_without_experts(given: tuple[torch.Tensor, torch.Tensor]) -> None:
     with pytest.raises(PreconditionError, match="has no mixture of experts"):
-        run_pipeline(toys.decoder(), "naee")
+        run_pipeline(decoder(), "naee")
 
 
 def test_experts_are_skipped_once(given: tuple[torch.Tensor, torch.Tensor]) -> None:
-    program = toys.mixtures(toys.mixture(), *given)
+    program = mixtures.mixtures(mixtures.mixture(), *given)
     with pytest.raises(PreconditionError, match="has skipped some of these experts already"):
         run_pipeline(program, "naee | expert-topk")
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import vlmopt
-from tests import toys
+from tests import mixtures
 from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.experts import frontier
 from vlmopt.passes.experts.bypass import Bypass
@@ -399,8 +399,8 @@ def test_embedlens_classes() -> None:
 NAMES = ("alpha", "tau")
 
 
-def official_mixture(tensors: dict[str, torch.Tensor], k: int) -> toys.Mixture:
-    return toys.Mixture(tensors["gate_weight"], tensors["gate_up"], tensors["down"], k)
+def official_mixture(tensors: dict[str, torch.Tensor], k: int) -> mixtures.Mixture:
+    return mixtures.Mixture(tensors["gate_weight"], tensors["gate_up"], tensors["down"], k)
 
 
 def test_modes_at_run_time() -> None:
@@ -418,7 +418,7 @@ def test_modes_at_run_time() -> None:
         torch.testing.assert_close(layer(x), tensors["out_full"], atol=1e-6, rtol=1e-6)
         # with no ids in the graph, special tokens are told by their modality
         modality = classes_of.reshape(x.shape[:2])
-        program = toys.mixtures(layer, x, modality)
+        program = mixtures.mixtures(layer, x, modality)
         one = MoDES(
             text=tau[0], vision=tau[1], text_weights=(alpha[0],), vision_weights=(alpha[1],)
         )
@@ -431,7 +431,7 @@ def test_modes_bypasses_experts() -> None:
     for description, tensors in cases("34-modes"):
         layer, x = official_mixture(tensors, description["parameters"]["k"]), tensors["x"]
         modality = torch.tensor([Modality.TEXT, Modality.VISION, SPECIAL])[tensors["token_class"]]
-        captured = toys.mixtures(layer, x, modality)
+        captured = mixtures.mixtures(layer, x, modality)
         for kind, value in (("text", Modality.TEXT), ("vision", Modality.VISION)):
             for result in ("normed_input", "zero"):
                 program = captured.clone()

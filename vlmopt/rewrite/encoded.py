@@ -111,15 +111,11 @@ def give_rows(stage: Stage, rows: fx.Node, order: fx.Node | None, ctx: PassConte
     port = f"encoded_{ROWS}"
     if any(known.name == port for known in stage.outputs):
         return
-    output = stage.graph.output_node()
     if order is not None:
         emit = Emitter.of_pass(ctx, stage, order, "encoded")
-        with stage.graph.inserting_before(output):
+        with stage.graph.inserting_before(stage.graph.output_node()):
             rows = emit.call(order.target, rows, *order.args[1:], name="rows")
-    output.args = ((*output.args[0], rows),)  # type: ignore[misc]
-    stage.outputs = (*stage.outputs, Port(port, Role.ENCODED))
-    stage.graph.lint()
-    stage.graph_module.recompile()
+    stage.add_output(Port(port, Role.ENCODED), rows)
 
 
 def _pixels_of_token(facts: dict[str, Any]) -> int:
