@@ -258,7 +258,7 @@ def test_verify() -> None:
         message(errors.VerifyError, lambda: verify_program(program, "full")),
         """\
 propagation: %gelu is recorded as f32[1,5,32] but is f32[1,6,32]
-  at:  %gelu (layers.0, mixtures.py:LINE)""",
+  at:  %gelu (layers.0, toys.py:LINE)""",
     )
 
 
