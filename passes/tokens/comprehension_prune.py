@@ -20,7 +20,7 @@ from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Port, Program, Role
 from vlmopt.rewrite.emit import Emitter
-from vlmopt.rewrite.values import CutValues, last_row
+from vlmopt.rewrite.values import CutValues, last_slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,7 @@ class ComprehensionPrune(TokenDrop, Watched):
 
     def look(self, modality: Tensor, hidden: Tensor, row: Tensor) -> Tensor:
         """Norm of the last token, and share of the visual tokens that pass: ``[batch, 2]``."""
-        slot, _ = last_row(modality)
-        norm = select.take(hidden.float(), slot)[:, 0].norm(dim=-1)
+        norm = select.take(hidden.float(), last_slot(modality))[:, 0].norm(dim=-1)
         visual = modality == Modality.VISION
         passing = visual & self.passing(self.score(row, visual))
         return torch.stack([norm, passing.sum(-1) / visual.sum(-1).clamp(min=1)], -1)

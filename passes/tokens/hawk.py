@@ -19,6 +19,7 @@ from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program
 from vlmopt.rewrite.classes import input_ids
 from vlmopt.rewrite.heads import without_each_head
+from vlmopt.rewrite.values import last_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +97,8 @@ class Hawk(TokenDrop, Compared):
             modality, ids: int64 ``[batch, tokens]``.
         """
         place = torch.arange(modality.shape[1], device=modality.device)
-
-        def last(where: Tensor) -> Tensor:
-            return torch.where(where, place, -1).amax(-1, keepdim=True)
-
-        start = last(ids == self.markers[0])
-        end = last((ids == self.markers[1]) & (place > start))
+        start = last_place(ids == self.markers[0])
+        end = last_place((ids == self.markers[1]) & (place > start))
         between = (place > start) & ((place < end) | (end < 0)) & (modality == Modality.TEXT)
         wanted = between | (~between.any(-1, keepdim=True) & (place == start))
         return torch.where((modality == Modality.TEXT) & ~wanted, Modality.PADDING, modality)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from vlmopt.analysis.modality import token_stage
-from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.errors import OptionError
 from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.passes.tokens import page, select
 from vlmopt.passes.tokens.base import TokenDrop
@@ -19,6 +19,7 @@ from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext, PassResult
 from vlmopt.program import Port, Program, Role
 from vlmopt.rewrite.encoded import encoding_of
+from vlmopt.rewrite.exits import require_untouched
 from vlmopt.rewrite.patches import Patches, find_patches
 from vlmopt.rewrite.pruning import prune_patches
 
@@ -57,18 +58,11 @@ class PatchPrune(TokenDrop):
     def requires(self, program: Program) -> None:
         encoding_of(program)
         stage = program["vision_encoder"]
-        if stage.facts.get("merges"):
-            raise PreconditionError(
-                f"{self.name} cannot prune in stage {stage.name}: "
-                f"{stage.facts['merges'][0]['by']} has already",
-                hint="docprune drops by background and question at once",
-            )
-        if stage.find_outputs(Role.ENCODED):
-            raise PreconditionError(
-                f"{self.name} cannot prune in stage {stage.name}: a pass before reads what each "
-                "patch gets there",
-                hint="leave out one of the two",
-            )
+        require_untouched(
+            stage,
+            f"{self.name} cannot prune",
+            hint="docprune drops by background and question at once",
+        )
         find_patches(program)
         super().requires(program)
 

@@ -23,7 +23,8 @@ from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.passes.tokens.merge import Match, merge_mean, merge_sum, places
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
-from vlmopt.program import Program, Role
+from vlmopt.program import Program
+from vlmopt.rewrite.exits import require_untouched
 from vlmopt.rewrite.merging import BlockMerging
 from vlmopt.rewrite.tokens import remove_unused
 
@@ -157,18 +158,9 @@ class TokenMerge(Pass):
 
     def requires(self, program: Program) -> None:
         stage = encoder_stage(program)
-        if stage.facts.get("merges"):
-            raise PreconditionError(
-                f"{self.name} cannot merge in stage {stage.name}: {stage.facts['merges'][0]['by']} "
-                "has already",
-                hint="merge in each encoder with one pass",
-            )
-        if stage.find_outputs(Role.ENCODED):
-            raise PreconditionError(
-                f"{self.name} cannot merge in stage {stage.name}: a pass before reads what each "
-                "patch of its own gets there",
-                hint="leave out one of the two",
-            )
+        require_untouched(
+            stage, f"{self.name} cannot merge", hint="merge in each encoder with one pass"
+        )
         encoder = encoder_of(program)
         self.counts(encoder)
         initial = self.initial()

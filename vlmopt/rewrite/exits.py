@@ -1,4 +1,4 @@
-"""Where rows of an encoder that was shortened come back: behind its blocks."""
+"""An encoder that is shortened: whether it may be, and where rows come back behind its blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,35 @@ from torch import Tensor, fx
 
 from vlmopt.analysis.layers import Layers
 from vlmopt.analysis.token_axes import Dims
+from vlmopt.errors import PreconditionError
 from vlmopt.graph.reach import reached, sources
+from vlmopt.program import Role, Stage
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens
 
 aten = torch.ops.aten
+
+
+def require_untouched(stage: Stage, what: str, *, hint: str) -> None:
+    """Check that no pass has shortened an encoder, or reads values of its patches.
+
+    Args:
+        what: cannot be done otherwise: ``"tome cannot merge"``.
+        hint: where a pass has shortened it.
+
+    Raises:
+        PreconditionError: one has.
+    """
+    if stage.facts.get("merges"):
+        raise PreconditionError(
+            f"{what} in stage {stage.name}: {stage.facts['merges'][0]['by']} has already", hint=hint
+        )
+    if stage.find_outputs(Role.ENCODED):
+        raise PreconditionError(
+            f"{what} in stage {stage.name}: a pass before reads what each patch of its own gets "
+            "there",
+            hint="leave out one of the two",
+        )
 
 
 def mark_exits(

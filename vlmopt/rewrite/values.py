@@ -100,11 +100,20 @@ class CutValues:
         return attention_of(self.layers, self.layer - 1)
 
 
-def last_row(modality: Tensor) -> tuple[Tensor, Tensor]:
-    """Slot and weight of the last token of each sample that is not padding: ``[batch, 1]``."""
-    place = torch.arange(modality.shape[1], device=modality.device)
-    real = torch.where(modality != Modality.PADDING, place, -1)
-    last = real.amax(-1, keepdim=True)
+def last_place(where: Tensor) -> Tensor:
+    """Slot of the last token of each sample that ``where`` marks, -1 for none: ``[batch, 1]``."""
+    place = torch.arange(where.shape[1], device=where.device)
+    return torch.where(where, place, -1).amax(-1, keepdim=True)
+
+
+def last_slot(modality: Tensor) -> Tensor:
+    """Slot of the last token of each sample that is not padding: ``[batch, 1]``."""
+    return last_place(modality != Modality.PADDING)
+
+
+def _last_row(modality: Tensor) -> tuple[Tensor, Tensor]:
+    """That slot, and its weight among query rows."""
+    last = last_slot(modality)
     return last, torch.ones_like(last, dtype=torch.float32)
 
 
@@ -118,8 +127,7 @@ def _instruction_rows(modality: Tensor, count: Any) -> tuple[Tensor, Tensor]:
         count: rows, at least the tokens of any sample that are not visual.
     """
     place = torch.arange(modality.shape[1], device=modality.device)
-    last_visual = torch.where(modality == Modality.VISION, place, -1).amax(-1, keepdim=True)
-    last = torch.where(modality != Modality.PADDING, place, -1).amax(-1, keepdim=True)
+    last_visual, last = last_place(modality == Modality.VISION), last_slot(modality)
     after = (modality == Modality.TEXT) & (place > last_visual)
     wanted = after | ((last_visual == last) & (place == last))
     # wanted ones first, in order; then whatever else
@@ -132,7 +140,7 @@ def _instruction_rows(modality: Tensor, count: Any) -> tuple[Tensor, Tensor]:
 def _rows(values: CutValues, which: str) -> tuple[fx.Node, fx.Node, Any]:
     """Slots, weights and number of some query rows."""
     if which == "last":
-        slots, weights = values.emit.trace(last_row, values.modality, names=("row", "weight"))
+        slots, weights = values.emit.trace(_last_row, values.modality, names=("row", "weight"))
         return slots, weights, 1
     # what is no part of the instruction counts as padding there
     modality = values.carried.get("instruction", values.modality)

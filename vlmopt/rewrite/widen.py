@@ -22,7 +22,7 @@ from vlmopt.program import Modality
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 from vlmopt.rewrite.tokens import CutSite, emitting, finish_cut, kept_slots, later_of
-from vlmopt.rewrite.values import CutValues, compute_rows
+from vlmopt.rewrite.values import CutValues, compute_rows, last_place, last_slot
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def attention_of_last(values: CutValues, copies: Copies) -> fx.Node:
     """
     attention, emit = attention_of(values.layers, values.layer), values.emit
     query, key = attention.args[:2]
-    last = emit.trace(_last_slot, values.modality, names=("last",))
+    last = emit.trace(last_slot, values.modality, names=("last",))
     count = copies.parents.meta["val"].shape[1]
     (row,) = compute_rows(values, [query], slots=last, length=1)
     (keys,) = compute_rows(values, [key])
@@ -167,11 +167,6 @@ def _at(emit: Emitter, place: fx.Node) -> Emitter:
     )
 
 
-def _last_slot(modality: Tensor) -> Tensor:
-    place = torch.arange(modality.shape[1], device=modality.device)
-    return torch.where(modality != Modality.PADDING, place, -1).amax(-1, keepdim=True)
-
-
 def _wide(
     hidden: Tensor, rows: Tensor, parents: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +202,7 @@ def _wide_mask(
         mask = mask[None, None]
     mask = mask.expand(batch, -1, tokens, -1)
     heads, whole = mask.shape[1], tokens + parents.shape[1]
-    last = torch.where(modality == Modality.VISION, place, -1).amax(-1, keepdim=True)
+    last = last_place(modality == Modality.VISION)
     every = place.expand(batch, -1)
     rows = torch.cat([every, last.clamp(min=0).expand_as(parents)], 1)
     columns = torch.cat([every, parents], 1)
