@@ -95,7 +95,8 @@ class ExpertBlock:
             the router's ``scale``.
         ids_user, weights_user: what reads them on the way to the experts: there they can be
             replaced.
-        order: sorted ids, int64 ``[batch * tokens * k]``, where rows are sorted.
+        order, places: sorted ids and where each stood before, int64 ``[batch * tokens * k]``, where
+            rows are sorted.
         products: products with the weights of experts, in order.
         weighted: results of the experts times weights, one row per token and chosen expert.
     """
@@ -112,6 +113,7 @@ class ExpertBlock:
     ids_user: fx.Node
     weights_user: fx.Node
     order: fx.Node | None
+    places: fx.Node | None
     products: tuple[fx.Node, ...]
     weighted: fx.Node
 
@@ -320,7 +322,7 @@ def _grouped(
         cast("fx.Node", rows.args[0]),
         (ids, flat),
         cast("fx.Node", weighing[0].args[0]),
-        order,
+        (order, places),
         products,
         weighted,
     )
@@ -378,7 +380,7 @@ def _batched(
         rows,
         (ids, flat),
         weights,
-        None,
+        (None, None),
         products,
         weighted,
     )
@@ -420,7 +422,7 @@ def _finished(
     rows: fx.Node,
     ids: tuple[fx.Node, fx.Node],
     flat: fx.Node,
-    order: fx.Node | None,
+    sort: tuple[fx.Node | None, fx.Node | None],
     products: tuple[fx.Node, ...],
     weighted: fx.Node,
 ) -> ExpertBlock:
@@ -451,7 +453,7 @@ def _finished(
         weights,
         ids[1],
         weights_user,
-        order,
+        *sort,
         products,
         weighted,
     )

@@ -935,6 +935,25 @@ def _index(rule: _Rule) -> Dims:
     return (*have[: positions[0]], *middle, *have[positions[-1] + 1 :])
 
 
+@_rule(torch.ops.vlmopt.computed_rows.default)
+def _computed_rows(rule: _Rule) -> Dims:
+    places = cast("fx.Node", rule.node.args[0])
+    numbered = rule.axes.numbers.get(places)
+    if numbered is not None:
+        rule.axes.numbers[rule.node] = numbered
+    return rule.dims(places)
+
+
+@_rule(torch.ops.vlmopt.restored_rows.default)
+def _restored_rows(rule: _Rule) -> Dims:
+    """Each row goes back to where it came from."""
+    rows, back = cast("tuple[fx.Node, ...]", rule.node.args[:2])
+    have = rule.dims(rows)
+    if has_tokens(have[0]) and rule.axes.numbers.get(back) != have[0]:
+        raise rule.refuse("reads tokens by position")
+    return (*rule.dims(back), *have[1:])
+
+
 @_rule(aten.slice_scatter.default, aten.select_scatter.default)
 def _scatter_part(rule: _Rule) -> Dims:
     base, part = rule.node.args[:2]

@@ -1,11 +1,76 @@
-"""Products of rows sorted by expert, each group of rows with the matrix of its expert."""
+"""Rows sorted by expert: which are computed, and their products with the matrix of their expert."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmopt.ops.packed import is_available, linear
+
+
+@torch.library.custom_op("vlmopt::computed_rows", mutates_args=())
+def computed_rows(places: Tensor, ends: Tensor) -> Tensor:
+    """Mark the rows that are computed: the first ``ends[-1]``, and no fewer than one.
+
+    The others may be left out from here on; as it stands, this operator leaves them in, so that
+    shapes are known beforehand. :func:`only_computed_rows` takes its place where shapes may depend
+    on data.
+
+    Args:
+        places: of the rows, in order of their groups, int64 ``[rows]``.
+        ends: where each group ends, int32 or int64 ``[groups]``, ascending.
+
+    Returns:
+        ``places``.
+    """
+    return places.clone()
+
+
+@computed_rows.register_fake
+def _(places: Tensor, ends: Tensor) -> Tensor:
+    return torch.empty_like(places)
+
+
+@torch.library.custom_op("vlmopt::only_computed_rows", mutates_args=())
+def only_computed_rows(places: Tensor, ends: Tensor) -> Tensor:
+    """What :func:`computed_rows` marks, and no more: ``[max(ends[-1], 1)]``."""
+    return places[: max(int(ends[-1]), 1)].clone()
+
+
+@only_computed_rows.register_fake
+def _(places: Tensor, ends: Tensor) -> Tensor:
+    return places.new_empty(torch.library.get_ctx().new_dynamic_size(min=1))
+
+
+def restored_rows_reference(rows: Tensor, back: Tensor, ends: Tensor) -> Tensor:
+    """:func:`restored_rows` in operators of torch."""
+    computed = back < ends[-1]
+    found = rows[torch.where(computed, back, 0)]
+    # what stands in rows that are not computed is no number: 0 * NaN is NaN
+    return torch.where(computed[:, None], found, torch.zeros_like(found))
+
+
+@torch.library.custom_op("vlmopt::restored_rows", mutates_args=())
+def restored_rows(rows: Tensor, back: Tensor, ends: Tensor) -> Tensor:
+    """Rows that are computed, put back in place among zeros.
+
+    Args:
+        rows: one for each place that :func:`computed_rows` returned, ``[rows, width]``.
+        back: for each place the number of its row, int64 ``[places]``.
+        ends: where each group of rows ends; from the last end on, rows are not read.
+
+    Returns:
+        ``[places, width]``.
+    """
+    return restored_rows_reference(rows, back, ends)
+
+
+@restored_rows.register_fake
+def _(rows: Tensor, back: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(back.shape[0], rows.shape[1])
 
 
 def grouped_mm_reference(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -29,13 +94,21 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[rows, result width]``; zeros for rows behind the last group.
     """
-    result = rows.new_empty(rows.shape[0], weights.shape[2])
-    start = 0
-    for group, end in enumerate(ends.tolist()):
-        if end > start:
-            torch.mm(rows[start:end], weights[group], out=result[start:end])
-        start = end
-    result[start:] = 0
+    bounds = [0, *ends.tolist()]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
+    groups = rows[: bounds[-1]].split(sizes)
+    matrices = weights.unbind(0)
+    if rows.dtype == torch.float32 and rows.device.type == "cpu" and is_available():
+        # about twice as fast as MKL with few rows, on processors that are not its vendor's
+        pairs = zip(groups, matrices, strict=True)
+        found = [linear(own, matrix.t()) for own, matrix in pairs if len(own)]
+        return torch.cat([*found, rows.new_zeros(len(rows) - bounds[-1], weights.shape[2])])
+    result = rows.new_empty(len(rows), weights.shape[2])
+    places = result[: bounds[-1]].split(sizes)
+    for own, matrix, place in zip(groups, matrices, places, strict=True):
+        if len(own):
+            torch.mm(own, matrix, out=place)
+    result[bounds[-1] :] = 0
     return result
 
 

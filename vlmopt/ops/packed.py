@@ -22,6 +22,12 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` by oneDNN, whatever the library that PyTorch prefers."""
+    result: Tensor = _mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result
+
+
 @torch.library.custom_op("vlmopt::packed_linear", mutates_args=())
 def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear`` for inference.
@@ -31,8 +37,7 @@ def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: of :func:`pack`, same dtype.
         bias: ``[out features]``.
     """
-    result: Tensor = _mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return result
+    return linear(rows, weight, bias)
 
 
 @packed_linear.register_fake

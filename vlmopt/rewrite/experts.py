@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
-from vlmopt.analysis.experts import Dispatch, ExpertBlock
+from vlmopt.analysis.experts import GROUPED_PRODUCTS, Dispatch, ExpertBlock
 from vlmopt.errors import ExpertMismatchError
 from vlmopt.graph.reach import reached, sources
 from vlmopt.pipeline.passes import PassContext
@@ -19,6 +19,18 @@ from vlmopt.program import Stage
 from vlmopt.rewrite.emit import Emitter
 
 aten = torch.ops.aten
+
+_OPS = torch.ops.vlmopt
+_BY_ROW = (
+    operator.getitem,
+    aten.floor_divide.default,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.index.Tensor,
+    *GROUPED_PRODUCTS,
+)
 
 Stays = Callable[..., Tensor]
 """``(weights, ids, *values) -> bool [tokens, k]``: the pairs that are computed."""
@@ -69,19 +81,7 @@ def skip_pairs(
         ids, weights, kept = emit.trace(skipped, *given, names=("ids", "weights", "kept"))
     block.ids_user.replace_input_with(block.ids, ids)
     block.weights_user.replace_input_with(block.weights, weights)
-    assert block.order is not None, "rows are sorted"
-    _keep_in_bounds(emit, block, block.order)
-    # what the kernel leaves in rows that it does not compute is no number: 0 * NaN is NaN
-    later = list(block.weighted.users)
-    with graph.inserting_after(block.weighted):
-        end = graph.call_function(aten.alias.default, (block.weighted,))
-    with graph.inserting_before(end):
-        computed = emit.trace(
-            _computed_rows, block.weighted, block.order, block.experts, names=("computed",)
-        )
-    graph.erase_node(end)
-    for user in later:
-        user.replace_input_with(block.weighted, computed)
+    _leave_rows_out(emit, block)
     return cast("fx.Node", kept)
 
 
@@ -133,18 +133,46 @@ def _sums(node: fx.Node) -> bool:
     return node.target is aten.sum.dim_IntList
 
 
-def _computed_rows(rows: Tensor, order: Tensor, experts: int) -> Tensor:
-    return torch.where((order < experts)[:, None], rows, torch.zeros_like(rows))
+def _leave_rows_out(emit: Emitter, block: ExpertBlock) -> None:
+    """Mark which of the sorted rows are computed, and put none of the others back."""
+    graph, order, places = emit.graph, block.order, block.places
+    assert order is not None, "rows are sorted"
+    assert places is not None, "rows are sorted"
+    ends = cast("fx.Node", block.products[0].args[2])
+    start = max(order, places)
+    counted = reached([ends], lambda node: [one for one in sources(node) if one > order])
+    for node in sorted(counted, reverse=True):
+        start.append(node)  # rows are known as soon as they are counted
+    with graph.inserting_after(ends):
+        computed = emit.call(_OPS.computed_rows.default, places, ends, name="computed")
+    for user in [user for user in places.users if _enters(user, places)]:
+        user.replace_input_with(places, computed)
+    # what is looked up by expert, such as a bias
+    for user in [user for user in order.users if user.target is aten.index.Tensor]:
+        with graph.inserting_before(user):
+            expert = emit.call(aten.index.Tensor, block.ids_user, [computed])
+            inside = emit.call(aten.clamp.default, expert, None, block.experts - 1, name="inside")
+        user.replace_input_with(order, inside)
+    on_rows = reached([computed], lambda node: () if node is block.weighted else node.users)
+    for node in sorted(on_rows - {computed}):
+        if not _works_by_row(node):
+            raise ExpertMismatchError("not all of an expert works row by row", node=node)
+    for user in list(block.weighted.users):
+        if user.target is not aten.index.Tensor or len(cast("Any", user.args[1])) != 1:
+            raise ExpertMismatchError(
+                "the results of experts are not put back in the order of tokens", node=user
+            )
+        back = cast("Any", user.args[1])[0]
+        with graph.inserting_before(user):
+            given = block.weighted, back, ends
+            restored = emit.call(_OPS.restored_rows.default, *given, name="restored")
+        user.replace_all_uses_with(restored)
 
 
-def _keep_in_bounds(emit: Emitter, block: ExpertBlock, order: fx.Node) -> None:
-    """What is looked up by expert, such as a bias, is looked up for skipped pairs too."""
-    looked_up = [user for user in order.users if user.target is aten.index.Tensor]
-    if looked_up:
-        with emit.graph.inserting_after(order):
-            inside = emit.call(aten.clamp.default, order, None, block.experts - 1, name="inside")
-        for user in looked_up:
-            user.replace_input_with(order, inside)
+def _enters(user: fx.Node, places: fx.Node) -> bool:
+    """Whether sorted rows are read by their places, and not where each row goes."""
+    by_place = user.target is aten.index.Tensor and places in cast("Any", user.args[1])
+    return by_place or user.target is aten.floor_divide.default
 
 
 def sort_rows(
@@ -173,7 +201,7 @@ def sort_rows(
         ends = emit.trace(_ends, order, block.experts, names=("ends",))
         known: dict[fx.Node, fx.Node] = {}
         known[_squeezed(first)] = emit.call(
-            torch.ops.vlmopt.grouped_mm.default, rows, _matrices(emit, first), ends
+            _OPS.grouped_mm.default, rows, _matrices(emit, first), ends
         )
         for node in between:
             given = [known.get(value, value) for value in node.all_input_nodes]
@@ -184,9 +212,7 @@ def sort_rows(
             kwargs: Any = node.kwargs
             known[node] = emit.call(node.target, *args, **kwargs)
         entering = known[_operand(last)]
-        product = emit.call(
-            torch.ops.vlmopt.grouped_mm.default, entering, _matrices(emit, last), ends
-        )
+        product = emit.call(_OPS.grouped_mm.default, entering, _matrices(emit, last), ends)
         nowhere = emit.call(aten.empty_like.default, places)
         numbers = emit.call(aten.arange.default, places.meta["val"].shape[0])
         back = emit.call(aten.index_put.default, nowhere, [places], numbers, name="back")
@@ -198,6 +224,7 @@ def sort_rows(
         dispatch=Dispatch.GROUPED,
         ids_user=flat,
         order=order,
+        places=places,
         products=(known[_squeezed(first)], product),
         weighted=product,
     )
@@ -253,14 +280,11 @@ def _between(block: ExpertBlock) -> list[fx.Node]:
     for node in found:
         if node.op == "get_attr" or _looks_up_expert(node):
             continue
-        tags = getattr(node.target, "tags", ())
-        by_row = torch.Tag.pointwise in tags or node.target in (
-            operator.getitem,
-            aten.split.Tensor,
-            aten.chunk.default,
-            aten.slice.Tensor,
-        )
-        if not by_row or not computed & set(node.all_input_nodes):
+        if not _works_by_row(node) or not computed & set(node.all_input_nodes):
             raise ExpertMismatchError("not all of an expert works row by row", node=node)
         computed.add(node)
     return [node for node in found if node in computed or _looks_up_expert(node)]
+
+
+def _works_by_row(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _BY_ROW
