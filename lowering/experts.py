@@ -15,7 +15,6 @@ import torch
 from torch import fx
 from torch._dynamo import config
 
-from vlmopt.ops.experts import restored_rows_reference
 from vlmopt.program import copy_graph
 
 _OPS = torch.ops.vlmopt
@@ -33,11 +32,9 @@ def without_skipped_rows(gm: fx.GraphModule) -> fx.GraphModule:
     How many rows are left is read from the device, which on a GPU waits for it: there they stay.
     """
     result = fx.GraphModule(gm, copy_graph(gm.graph))
-    for node in result.graph.nodes:
-        if node.target is MARK and node.meta["val"].device.type == "cpu":
+    for node in result.graph.find_nodes(op="call_function", target=MARK):
+        if node.meta["val"].device.type == "cpu":
             node.target = _OPS.only_computed_rows.default
-        elif node.target is _OPS.restored_rows.default:
-            node.target = restored_rows_reference  # to be fused with the sum of each token
     result.recompile()
     return result
 

@@ -1,11 +1,21 @@
-"""Grouped products: against one product per row, with groups that are empty, and gradients."""
+"""Sorted rows: products against one per row, with groups that are empty; what is put back."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from vlmopt.ops.experts import grouped_mm, grouped_mm_reference
+from vlmopt.ops.experts import (
+    computed_rows,
+    grouped_mm,
+    grouped_mm_reference,
+    only_computed_rows,
+    packed_grouped_mm,
+    restored_rows,
+    summed_rows,
+    summed_rows_reference,
+)
+from vlmopt.ops.packed import is_available
 
 ENDS = [[2, 5, 5, 7], [0, 0, 7, 7], [7, 7, 7, 7], [1, 2, 3, 5]]
 
@@ -33,3 +43,66 @@ def test_the_operator_is_sound_for_the_compiler(ends: list[int]) -> None:
     arguments = (rows.requires_grad_(), weights.requires_grad_(), torch.tensor(ends))
     torch.library.opcheck(torch.ops.vlmopt.grouped_mm.default, arguments)
     assert torch.autograd.gradcheck(lambda r, w: grouped_mm(r, w, arguments[2]), arguments[:2])
+
+
+@pytest.mark.skipif(not is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("ends", ENDS)
+def test_packed_matrices(ends: list[int], transposed: bool, dtype: torch.dtype) -> None:
+    rows, weights = (value.to(dtype) for value in tensors())
+    kept = weights.transpose(1, 2).contiguous() if transposed else weights
+    groups = torch.tensor(ends, dtype=torch.int32)
+    found = packed_grouped_mm(rows, kept, transposed, groups)
+    exact = grouped_mm_reference(rows.double(), weights.double(), groups)
+    assert found.dtype == dtype
+    limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert (found - exact).abs().max() <= limit
+    kept.mul_(2)  # seen, though what was packed is kept
+    again = packed_grouped_mm(rows, kept, transposed, groups)
+    assert (again - 2 * exact).abs().max() <= 2 * limit
+
+
+PLACES = torch.tensor([4, 1, 0, 5, 3, 2])
+"""Three tokens of two rows each, in the order of their groups."""
+
+
+def put_back(computed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, where they go, and ends; rows that are not computed are no numbers."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    rows[computed:] = float("nan")
+    return rows, PLACES.argsort(), torch.tensor([0, computed], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("computed", [0, 1, 4, 6])
+def test_computed_rows_go_back_to_their_places(computed: int) -> None:
+    rows, back, ends = put_back(computed)
+    wanted = torch.zeros(6, 5, dtype=torch.float64)
+    for row in range(computed):
+        wanted[PLACES[row]] = rows[row]
+    assert torch.equal(restored_rows(rows, back, ends), wanted)
+    assert torch.equal(summed_rows_reference(rows, back, ends, 2), wanted.view(3, 2, 5).sum(1))
+    torch.testing.assert_close(summed_rows(rows, back, ends, 2), wanted.view(3, 2, 5).sum(1))
+    # rows that are not computed need not be there
+    few = rows[: max(computed, 1)]
+    assert torch.equal(restored_rows(few, back, ends), wanted)
+    torch.testing.assert_close(summed_rows(few, back, ends, 2), wanted.view(3, 2, 5).sum(1))
+
+
+@pytest.mark.parametrize("computed", [0, 1, 4, 6])
+def test_rows_that_are_computed_are_those_before_the_last_end(computed: int) -> None:
+    ends = torch.tensor([0, computed])
+    assert torch.equal(computed_rows(PLACES, ends), PLACES)
+    assert torch.equal(only_computed_rows(PLACES, ends), PLACES[: max(computed, 1)])
+
+
+@pytest.mark.parametrize("computed", [0, 4, 6])
+def test_putting_back_is_sound_for_the_compiler(computed: int) -> None:
+    _, back, ends = put_back(computed)
+    rows = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.vlmopt.restored_rows.default, (rows, back, ends))
+    torch.library.opcheck(torch.ops.vlmopt.summed_rows.default, (rows, back, ends, 2))
+    torch.library.opcheck(torch.ops.vlmopt.computed_rows.default, (PLACES, ends))
+    assert torch.autograd.gradcheck(lambda r: restored_rows(r, back, ends), (rows,))
+    assert torch.autograd.gradcheck(lambda r: summed_rows(r, back, ends, 2), (rows,))

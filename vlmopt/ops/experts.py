@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from vlmopt.ops.packed import is_available, linear
+from vlmopt.ops.packed import is_available, linear, made_once, pack
 
 
 @torch.library.custom_op("vlmopt::computed_rows", mutates_args=())
@@ -73,6 +75,35 @@ def _(rows: Tensor, back: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(back.shape[0], rows.shape[1])
 
 
+def summed_rows_reference(rows: Tensor, back: Tensor, ends: Tensor, k: int) -> Tensor:
+    """:func:`summed_rows` in operators of torch."""
+    return restored_rows_reference(rows, back, ends).view(-1, k, rows.shape[1]).sum(1)
+
+
+@torch.library.custom_op("vlmopt::summed_rows", mutates_args=())
+def summed_rows(rows: Tensor, back: Tensor, ends: Tensor, k: int) -> Tensor:
+    """Sum the computed rows of each token; zeros where there are none.
+
+    Args:
+        rows, back, ends: as for :func:`restored_rows`.
+        k: places of each token, one after the other.
+
+    Returns:
+        ``[places / k, width]``.
+    """
+    if rows.device.type != "cpu":
+        return summed_rows_reference(rows, back, ends, k)
+    computed = back < ends[-1]
+    counts = computed.view(-1, k).sum(1)
+    # reads and adds the computed rows alone, with all vector units
+    return embedding_bag(back[computed], rows, counts.cumsum(0) - counts, mode="sum")
+
+
+@summed_rows.register_fake
+def _(rows: Tensor, back: Tensor, ends: Tensor, k: int) -> Tensor:
+    return rows.new_empty(back.shape[0] // k, rows.shape[1])
+
+
 def grouped_mm_reference(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """:func:`grouped_mm` in operators of torch, with a copy of its matrix for each row."""
     place = torch.arange(rows.shape[0], device=rows.device)
@@ -94,27 +125,66 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[rows, result width]``; zeros for rows behind the last group.
     """
-    bounds = [0, *ends.tolist()]
-    sizes = [end - start for start, end in itertools.pairwise(bounds)]
-    groups = rows[: bounds[-1]].split(sizes)
     matrices = weights.unbind(0)
     if rows.dtype == torch.float32 and rows.device.type == "cpu" and is_available():
-        # about twice as fast as MKL with few rows, on processors that are not its vendor's
-        pairs = zip(groups, matrices, strict=True)
-        found = [linear(own, matrix.t()) for own, matrix in pairs if len(own)]
-        return torch.cat([*found, rows.new_zeros(len(rows) - bounds[-1], weights.shape[2])])
+        # with few rows up to twice as fast as MKL on processors that are not its vendor's
+        return _by_onednn(rows, [matrix.t() for matrix in matrices], ends)
+    bounds, sizes = _groups(ends)
     result = rows.new_empty(len(rows), weights.shape[2])
-    places = result[: bounds[-1]].split(sizes)
-    for own, matrix, place in zip(groups, matrices, places, strict=True):
+    inside = bounds[-1]
+    groups = zip(rows[:inside].split(sizes), matrices, result[:inside].split(sizes), strict=True)
+    for own, matrix, place in groups:
         if len(own):
             torch.mm(own, matrix, out=place)
-    result[bounds[-1] :] = 0
+    result[inside:] = 0
     return result
 
 
 @grouped_mm.register_fake
 def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weights.shape[2])
+
+
+def _groups(ends: Tensor) -> tuple[list[int], list[int]]:
+    """Where groups start and end, and how long they are."""
+    bounds = [0, *ends.tolist()]
+    return bounds, [end - start for start, end in itertools.pairwise(bounds)]
+
+
+def _by_onednn(rows: Tensor, matrices: Sequence[Tensor], ends: Tensor) -> Tensor:
+    """:func:`grouped_mm`; matrices ``[result width, width]``, packed or not."""
+    bounds, sizes = _groups(ends)
+    pairs = zip(rows[: bounds[-1]].split(sizes), matrices, strict=True)
+    found = [linear(own, matrix) for own, matrix in pairs if len(own)]
+    return torch.cat([*found, rows.new_zeros(len(rows) - bounds[-1], matrices[0].shape[0])])
+
+
+def pack_matrices(weights: Tensor, transposed: bool) -> list[Tensor]:
+    """Each matrix laid out as oneDNN reads it, once; as for :func:`packed_grouped_mm`."""
+    return made_once(
+        weights,
+        lambda stacked: [
+            pack(matrix if transposed else matrix.t().contiguous()) for matrix in stacked.detach()
+        ],
+    )
+
+
+@torch.library.custom_op("vlmopt::packed_grouped_mm", mutates_args=())
+def packed_grouped_mm(rows: Tensor, weights: Tensor, transposed: bool, ends: Tensor) -> Tensor:
+    """:func:`grouped_mm` for inference on the CPU, in float32 or bfloat16, by oneDNN.
+
+    Weights are packed at first use, and stay so until they change: twice the memory.
+
+    Args:
+        weights: ``[groups, width, result width]``, or the last two the other way round if
+            ``transposed``.
+    """
+    return _by_onednn(rows, pack_matrices(weights, transposed), ends)
+
+
+@packed_grouped_mm.register_fake
+def _(rows: Tensor, weights: Tensor, transposed: bool, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1 if transposed else 2])
 
 
 @torch.library.custom_op("vlmopt::grouped_outer", mutates_args=())
@@ -128,13 +198,9 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[groups, width, other width]``.
     """
-    result = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
-    start = 0
-    for group, end in enumerate(ends.tolist()):
-        if end > start:
-            result[group] = left[start:end].t() @ right[start:end]
-        start = end
-    return result
+    bounds, sizes = _groups(ends)
+    parts = [side[: bounds[-1]].split(sizes) for side in (left, right)]
+    return torch.stack([one.t() @ other for one, other in zip(*parts, strict=True)])
 
 
 @grouped_outer.register_fake
@@ -142,14 +208,27 @@ def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.k = inputs[-1]
 
 
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+def _products_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     rows, weights, ends = ctx.saved_tensors
     of_rows = grouped_mm(gradient, weights.transpose(1, 2), ends)
     return of_rows, grouped_outer(rows, gradient, ends), None
 
 
-grouped_mm.register_autograd(_gradients, setup_context=_save)
+def _restored_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    rows, back, ends = ctx.saved_tensors
+    computed = back < ends[-1]
+    return torch.zeros_like(rows).index_put((back[computed],), gradient[computed]), None, None
+
+
+def _summed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return *_restored_backward(ctx, gradient.repeat_interleave(ctx.k, 0)), None
+
+
+grouped_mm.register_autograd(_products_backward, setup_context=_save)
+restored_rows.register_autograd(_restored_backward, setup_context=_save)
+summed_rows.register_autograd(_summed_backward, setup_context=_save)

@@ -162,11 +162,26 @@ def _leave_rows_out(emit: Emitter, block: ExpertBlock) -> None:
             raise ExpertMismatchError(
                 "the results of experts are not put back in the order of tokens", node=user
             )
-        back = cast("Any", user.args[1])[0]
+        given = block.weighted, cast("Any", user.args[1])[0], ends
+        total = _sum_of(user, block.k)
         with graph.inserting_before(user):
-            given = block.weighted, back, ends
-            restored = emit.call(_OPS.restored_rows.default, *given, name="restored")
-        user.replace_all_uses_with(restored)
+            if total is None:
+                found = emit.call(_OPS.restored_rows.default, *given, name="restored")
+            else:
+                found = emit.call(_OPS.summed_rows.default, *given, block.k, name="summed")
+        (total or user).replace_all_uses_with(found)
+
+
+def _sum_of(restored: fx.Node, k: int) -> fx.Node | None:
+    """The sum over the rows of each token, if that is all that is done with them."""
+    users = list(restored.users)
+    if len(users) != 1 or users[0].target is not aten.view.default:
+        return None
+    rows, width = restored.meta["val"].shape
+    total = next(iter(users[0].users))
+    if list(users[0].meta["val"].shape) != [rows // k, k, width] or len(users[0].users) != 1:
+        return None
+    return total if total.target is aten.sum.dim_IntList and total.args[1:] == ([1],) else None
 
 
 def _enters(user: fx.Node, places: fx.Node) -> bool:
