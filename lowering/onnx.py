@@ -29,6 +29,7 @@ from vlmopt.folders import new_folder
 from vlmopt.graph.compare import TOLERANCES, random_inputs
 from vlmopt.graph.text import dtype_text, op_text
 from vlmopt.ops import DECOMPOSITIONS, STEPS
+from vlmopt.ops.experts import grouped_mm_tiles
 from vlmopt.program import Port, Program, Role, Stage, copy_graph, fetch_attr
 
 aten = torch.ops.aten
@@ -371,8 +372,8 @@ def _export_stage(
         try:
             with torch.no_grad():
                 exported = torch.export.export(stage.graph_module, tuple(_examples(stage, 0, past)))
-                if any(node.target in DECOMPOSITIONS for node in exported.graph.nodes):
-                    exported = exported.run_decompositions(dict(DECOMPOSITIONS))
+                if any(map(_goes_out_otherwise, exported.graph.nodes)):
+                    exported = exported.run_decompositions(dict(_PLAIN))
         except Exception as error:
             raise LoweringError(
                 f"stage {stage.name} cannot be traced with static shapes: {_first_line(error)}",
@@ -752,6 +753,56 @@ def _masked_scatter(self: Any, mask: Any, source: Any) -> Any:
     rank = op.Max(op.Sub(op.CumSum(ones, op.Constant(value_int=0)), one), zero)
     rows = op.Gather(op.Reshape(source, flat), rank, axis=0)
     return op.Where(wide, op.Reshape(rows, full), self)
+
+
+def _grouped_product(
+    rows: Tensor,
+    weights: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """The kernel of torch for sorted rows, as our own operator."""
+    if rows.ndim != 2 or weights.ndim != 3 or offs is None or bias is not None or out_dtype:
+        return NotImplemented
+    return grouped_mm_tiles(rows, weights, offs)
+
+
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Any:
+    """ONNX Runtime has no kernel for a choice between truth values."""
+    if one.dtype is not torch.bool or other.dtype is not torch.bool:
+        return NotImplemented
+    return (condition & one) | (~condition & other)
+
+
+def _index_put(
+    value: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
+) -> Any:
+    """One value under a mask is a choice; torch's own goes through NonZero."""
+    mask = indices[0]
+    if accumulate or len(indices) > 1 or mask is None or mask.dtype is not torch.bool:
+        return NotImplemented
+    if new.numel() != 1:
+        return NotImplemented
+    wide = mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim))
+    return torch.where(wide, new.reshape(()), value)
+
+
+_PLAIN: Mapping[Any, Callable[..., Any]] = {
+    **DECOMPOSITIONS,
+    aten._grouped_mm.default: _grouped_product,
+    aten.where.self: _where,
+    aten.index_put.default: _index_put,
+}
+"""Operators that go out as others; some only with some arguments, and else as they are."""
+
+
+def _goes_out_otherwise(node: fx.Node) -> bool:
+    if node.target is aten.where.self:
+        return bool(node.meta["val"].dtype is torch.bool)
+    if node.target is aten.index_put.default:
+        return any(value.meta["val"].dtype is torch.bool for value in node.all_input_nodes)
+    return node.target in _PLAIN
 
 
 _TRANSLATIONS: dict[Any, Translation] = {
