@@ -66,7 +66,15 @@ def exported(program: Program, folder: Path, stages: list[str] | None = None) ->
     return report
 
 
-@pytest.mark.parametrize("pipeline", ["", "modes{text=0.45 vision=0.55}"])
+PIPELINES = (
+    "",
+    "modes{text=0.45 vision=0.55}",
+    "modes{text=0.45 vision=0.2 capacity=0.3}",
+    "expert-topk{k=1 static}",
+)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
 def test_every_form_in_onnx_runtime(pipeline: str, tmp_path: Path) -> None:
     program = all_forms()
     if pipeline:
@@ -95,7 +103,38 @@ def test_the_kernel_of_torch_for_grouped_products(tmp_path: Path) -> None:
     assert report.operators["model"]["MatMul"] == 1
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "kimi_k25"])
-def test_untouched_models_in_onnx_runtime(family: str, tmp_path: Path) -> None:
+def test_no_number_of_an_expert_left_out_spreads(tmp_path: Path) -> None:
+    """Rows that fill up tiles, and tiles that no expert needs, are computed and never read."""
+    layer = mixtures.mixture(experts=8, k=2)
+    x, modality = given()
+    weights, ids = layer.route(x.reshape(-1, 8))
+    best = weights[1:].flatten().topk(3).indices + 2  # not of padding
+    stays = torch.zeros(48, dtype=torch.bool)
+    stays[best] = True
+    wanted = layer.reference(x, stays.view(24, 2))
+    computed = set(ids.flatten()[best].tolist())
+    others = sorted(set(range(8)) - computed)
+    assert 7 in others  # whose matrix stands in where there is none
+    layer.gate_up[others] = layer.down[others] = float("nan")
+    program = mixtures.mixtures(layer, x, modality)
+    run_pipeline(program, f"modes{{capacity={3 / 48}}}")
+    report = export_program(program, tmp_path / "out", check=False)
+    (found,) = OnnxStage(report.files[0])(x=x, modality=modality).values()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline"),
+    [
+        ("qwen3_vl_moe", ""),
+        ("qwen3_vl_moe", "modes{text=0.3 vision=0.3 capacity=0.4 count}"),
+        ("kimi_k25", ""),
+    ],
+)
+def test_prefill_and_decoding_in_onnx_runtime(family: str, pipeline: str, tmp_path: Path) -> None:
     program = vlmopt.capture(zoo.build(family, layers=2), zoo.inputs(family))
-    exported(program, tmp_path / "out", ["language_model", "decode"])
+    if pipeline:
+        run_pipeline(program, pipeline)
+    report = exported(program, tmp_path / "out", ["language_model", "decode"])
+    if pipeline:
+        assert report.errors["language_model"]["expert_pairs"] == 0  # as many of every class

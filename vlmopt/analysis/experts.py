@@ -261,7 +261,12 @@ def _block(chosen: fx.Node, logits: fx.Node, ids: fx.Node) -> ExpertBlock:
             hint="nothing can be skipped unless tokens are sent to their experts; choose another "
             "implementation of the experts before capturing, if the model has one",
         )
-    if any(user.target is aten.where.self for user in ids.users):
+    indexed = (
+        user.target is aten.index.Tensor and user.args[0] in flat
+        for view in flat
+        for user in view.users
+    )
+    if any(user.target is aten.where.self for user in ids.users) or any(indexed):
         raise ExpertMismatchError(
             "a pass has skipped some of these experts already",
             node=ids,

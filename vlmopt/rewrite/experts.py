@@ -102,7 +102,7 @@ def bypass_experts(
         normed_input: their result is what the experts read, and not zero.
     """
     graph = stage.graph
-    result = _summed(block)
+    result = summed(block)
     users = list(result.users)
     with graph.inserting_after(result):
         end = graph.call_function(aten.alias.default, (result,))
@@ -120,7 +120,7 @@ def bypass_experts(
         user.replace_input_with(result, bypassed)
 
 
-def _summed(block: ExpertBlock) -> fx.Node:
+def summed(block: ExpertBlock) -> fx.Node:
     """The sum over the experts of each token, ``[tokens, width]``."""
     below = reached([block.weighted], lambda node: () if _sums(node) else node.users)
     for node in sorted(below):
@@ -162,7 +162,7 @@ def sort_rows(
     first, last = block.products
     emit = Emitter.of_pass(ctx, stage, first, prefix, match)
     between = _between(block)
-    result = _squeezed(last)
+    result = squeezed(last)
     with graph.inserting_before(result.next):
         flat = emit.call(aten.view.default, block.ids, [-1], name="expert_of_row")
         ordered = emit.call(aten.sort.default, flat)
@@ -172,8 +172,8 @@ def sort_rows(
         rows = emit.call(aten.index.Tensor, block.rows, [token], name="rows")
         ends = emit.trace(_ends, order, block.experts, names=("ends",))
         known: dict[fx.Node, fx.Node] = {}
-        known[_squeezed(first)] = emit.call(
-            torch.ops.vlmopt.grouped_mm.default, rows, _matrices(emit, first), ends
+        known[squeezed(first)] = emit.call(
+            torch.ops.vlmopt.grouped_mm.default, rows, matrices(emit, first), ends
         )
         for node in between:
             given = [known.get(value, value) for value in node.all_input_nodes]
@@ -183,9 +183,9 @@ def sort_rows(
                 args = (node.args[0], [order])
             kwargs: Any = node.kwargs
             known[node] = emit.call(node.target, *args, **kwargs)
-        entering = known[_operand(last)]
+        entering = known[operand(last)]
         product = emit.call(
-            torch.ops.vlmopt.grouped_mm.default, entering, _matrices(emit, last), ends
+            torch.ops.vlmopt.grouped_mm.default, entering, matrices(emit, last), ends
         )
         nowhere = emit.call(aten.empty_like.default, places)
         numbers = emit.call(aten.arange.default, places.meta["val"].shape[0])
@@ -198,7 +198,7 @@ def sort_rows(
         dispatch=Dispatch.GROUPED,
         ids_user=flat,
         order=order,
-        products=(known[_squeezed(first)], product),
+        products=(known[squeezed(first)], product),
         weighted=product,
     )
 
@@ -208,7 +208,7 @@ def _ends(order: Tensor, experts: int) -> Tensor:
     return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
-def _squeezed(product: fx.Node) -> fx.Node:
+def squeezed(product: fx.Node) -> fx.Node:
     """Rows of a product of one-row matrices."""
     user = next(iter(product.users))
     if len(product.users) != 1 or user.target not in (aten.squeeze.dim, aten.squeeze.dims):
@@ -221,7 +221,7 @@ def _side(product: fx.Node) -> int:
     return 0 if cast("fx.Node", product.args[0]).target is aten.index.Tensor else 1
 
 
-def _operand(product: fx.Node) -> fx.Node:
+def operand(product: fx.Node) -> fx.Node:
     """The rows that a product takes."""
     value = cast("fx.Node", product.args[1 - _side(product)])
     if value.target is not aten.unsqueeze.default:
@@ -229,7 +229,7 @@ def _operand(product: fx.Node) -> fx.Node:
     return cast("fx.Node", value.args[0])
 
 
-def _matrices(emit: Emitter, product: fx.Node) -> fx.Node:
+def matrices(emit: Emitter, product: fx.Node) -> fx.Node:
     """The weights of all experts, ``[experts, width, result width]``."""
     side = _side(product)
     stacked = cast("fx.Node", cast("fx.Node", product.args[side]).args[0])
@@ -243,12 +243,12 @@ def _looks_up_expert(node: fx.Node) -> bool:
 def _between(block: ExpertBlock) -> list[fx.Node]:
     """What happens to each row between the two products."""
     first, last = block.products
-    start = _squeezed(first)
+    start = squeezed(first)
 
     def inside(node: fx.Node) -> Any:
         return () if node is start or _looks_up_expert(node) else sources(node)
 
-    found = [node for node in sorted(reached([_operand(last)], inside)) if node is not start]
+    found = [node for node in sorted(reached([operand(last)], inside)) if node is not start]
     computed = {start}
     for node in found:
         if node.op == "get_attr" or _looks_up_expert(node):
