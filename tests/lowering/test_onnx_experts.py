@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_the_kernel_of_torch_for_grouped_products(tmp_path: Path) -> None:
     inputs = torch.randn(24, 16).bfloat16(), torch.tensor([6, 6, 20, 24], dtype=torch.int32)
     report = export_program(capture(Grouped(), inputs), tmp_path / "out", check=False)
     assert report.operators["model"]["MatMul"] == 1
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    (product,) = manifest["stages"]["model"]["grouped_products"]
+    size, tiles = product["tile"], product["tiles"]
+    assert (product["rows"], product["experts"], size) == (24, 4, best_tile(24, 4))
+    assert report.stages[0].copies == product["copies"] == tiles * 16 * 8 * 2
+    graph = onnx.load(report.files[0]).graph
+    assert [tiles, size, 8] in [
+        [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.value_info
+    ]
+    assert "MB of experts copied" in report.text()
 
 
 def test_no_number_of_an_expert_left_out_spreads(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_ties_go_to_the_earlier_pair() -> None:
     score = torch.tensor([[0.5, 0.2], [0.5, 0.5], [0.2, 0.9]])
     stays = torch.tensor([[True, True], [True, False], [True, True]])
     pairs, chosen = best_pairs(score, stays, 4)
-    assert (pairs.tolist(), chosen.all()) == ([5, 0, 2, 1], True)
+    assert (pairs.tolist(), chosen.tolist()) == ([5, 0, 2, 1], [True] * 4)
     pairs, chosen = best_pairs(score, stays, 6)
     assert (sorted(pairs.tolist()), chosen.tolist()) == ([*range(6)], [True] * 5 + [False])
     pairs, chosen = best_of_each(score, stays, 1)

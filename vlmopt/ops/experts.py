@@ -68,8 +68,9 @@ def tile_count(rows: int, groups: int, tile: int) -> int:
     return used + (rows - used) // tile
 
 
-COPY = 64
-"""What a copy of a matrix costs, in rows multiplied by it, as ONNX Runtime does on one core."""
+COPY = 96
+"""What a copy of a matrix costs, in rows multiplied by it: as measured in ONNX Runtime on one core,
+and a little more, as copies take memory too."""
 
 
 def best_tile(rows: int, groups: int) -> int:
