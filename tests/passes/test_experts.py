@@ -232,7 +232,8 @@ def test_the_run_time_rule_of_the_card() -> None:
 
 def test_fewer_experts_of_equal_weight_are_the_first() -> None:
     weights = torch.tensor([[0.2, 0.4, 0.2, 0.2]])
-    stays = ExpertTopK(k=2).stays(weights, torch.ones(1, 1, dtype=torch.int64))
+    text = torch.ones(1, 1, dtype=torch.int64)
+    stays = ExpertTopK().stays(weights, text, 2, 1)
     assert stays.tolist() == [[True, True, False, False]]
     assert Naee(beta=0.5).stays(weights, torch.ones(1, 1)).all()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
-from vlmopt.analysis.experts import GROUPED_PRODUCTS, Dispatch, ExpertBlock
+from vlmopt.analysis.experts import CASTS, GROUPED_PRODUCTS, Dispatch, ExpertBlock
 from vlmopt.errors import ExpertMismatchError
 from vlmopt.graph.reach import reached, sources
 from vlmopt.pipeline.passes import PassContext
@@ -21,16 +21,9 @@ from vlmopt.rewrite.emit import Emitter
 aten = torch.ops.aten
 
 _OPS = torch.ops.vlmopt
-_BY_ROW = (
-    operator.getitem,
-    aten.floor_divide.default,
-    aten.split.Tensor,
-    aten.chunk.default,
-    aten.slice.Tensor,
-    aten.unsqueeze.default,
-    aten.index.Tensor,
-    *GROUPED_PRODUCTS,
-)
+_COPIES = (aten.alias.default, aten.clone.default, aten.contiguous.default)
+_PIECES = (aten.split.Tensor, aten.chunk.default, aten.slice.Tensor, aten.unsqueeze.default)
+_LOOKS_UP = (aten.index.Tensor, aten.floor_divide.default, *GROUPED_PRODUCTS)
 
 Stays = Callable[..., Tensor]
 """``(weights, ids, *values) -> bool [tokens, k]``: the pairs that are computed."""
@@ -102,7 +95,7 @@ def bypass_experts(
         normed_input: their result is what the experts read, and not zero.
     """
     graph = stage.graph
-    result = _summed(block)
+    result = summed(block)
     users = list(result.users)
     with graph.inserting_after(result):
         end = graph.call_function(aten.alias.default, (result,))
@@ -120,7 +113,7 @@ def bypass_experts(
         user.replace_input_with(result, bypassed)
 
 
-def _summed(block: ExpertBlock) -> fx.Node:
+def summed(block: ExpertBlock) -> fx.Node:
     """The sum over the experts of each token, ``[tokens, width]``."""
     below = reached([block.weighted], lambda node: () if _sums(node) else node.users)
     for node in sorted(below):
@@ -155,7 +148,7 @@ def _leave_rows_out(emit: Emitter, block: ExpertBlock) -> None:
         user.replace_input_with(order, inside)
     on_rows = reached([computed], lambda node: () if node is block.weighted else node.users)
     for node in sorted(on_rows - {computed}):
-        if not _works_by_row(node):
+        if node.target not in _LOOKS_UP and not works_by_row(node):
             raise ExpertMismatchError("not all of an expert works row by row", node=node)
     for user in list(block.weighted.users):
         if user.target is not aten.index.Tensor or len(cast("Any", user.args[1])) != 1:
@@ -205,7 +198,7 @@ def sort_rows(
     first, last = block.products
     emit = Emitter.of_pass(ctx, stage, first, prefix, match)
     between = _between(block)
-    result = _squeezed(last)
+    result = squeezed(last)
     with graph.inserting_before(result.next):
         flat = emit.call(aten.view.default, block.ids, [-1], name="expert_of_row")
         ordered = emit.call(aten.sort.default, flat)
@@ -215,8 +208,8 @@ def sort_rows(
         rows = emit.call(aten.index.Tensor, block.rows, [token], name="rows")
         ends = emit.trace(_ends, order, block.experts, names=("ends",))
         known: dict[fx.Node, fx.Node] = {}
-        known[_squeezed(first)] = emit.call(
-            _OPS.grouped_mm.default, rows, _matrices(emit, first), ends
+        known[squeezed(first)] = emit.call(
+            _OPS.grouped_mm.default, rows, matrices(emit, first), ends
         )
         for node in between:
             given = [known.get(value, value) for value in node.all_input_nodes]
@@ -226,8 +219,8 @@ def sort_rows(
                 args = (node.args[0], [order])
             kwargs: Any = node.kwargs
             known[node] = emit.call(node.target, *args, **kwargs)
-        entering = known[_operand(last)]
-        product = emit.call(_OPS.grouped_mm.default, entering, _matrices(emit, last), ends)
+        entering = known[operand(last)]
+        product = emit.call(_OPS.grouped_mm.default, entering, matrices(emit, last), ends)
         nowhere = emit.call(aten.empty_like.default, places)
         numbers = emit.call(aten.arange.default, places.meta["val"].shape[0])
         back = emit.call(aten.index_put.default, nowhere, [places], numbers, name="back")
@@ -240,7 +233,7 @@ def sort_rows(
         ids_user=flat,
         order=order,
         places=places,
-        products=(known[_squeezed(first)], product),
+        products=(known[squeezed(first)], product),
         weighted=product,
     )
 
@@ -250,7 +243,7 @@ def _ends(order: Tensor, experts: int) -> Tensor:
     return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
-def _squeezed(product: fx.Node) -> fx.Node:
+def squeezed(product: fx.Node) -> fx.Node:
     """Rows of a product of one-row matrices."""
     user = next(iter(product.users))
     if len(product.users) != 1 or user.target not in (aten.squeeze.dim, aten.squeeze.dims):
@@ -263,7 +256,7 @@ def _side(product: fx.Node) -> int:
     return 0 if cast("fx.Node", product.args[0]).target is aten.index.Tensor else 1
 
 
-def _operand(product: fx.Node) -> fx.Node:
+def operand(product: fx.Node) -> fx.Node:
     """The rows that a product takes."""
     value = cast("fx.Node", product.args[1 - _side(product)])
     if value.target is not aten.unsqueeze.default:
@@ -271,7 +264,7 @@ def _operand(product: fx.Node) -> fx.Node:
     return cast("fx.Node", value.args[0])
 
 
-def _matrices(emit: Emitter, product: fx.Node) -> fx.Node:
+def matrices(emit: Emitter, product: fx.Node) -> fx.Node:
     """The weights of all experts, ``[experts, width, result width]``."""
     side = _side(product)
     stacked = cast("fx.Node", cast("fx.Node", product.args[side]).args[0])
@@ -285,21 +278,29 @@ def _looks_up_expert(node: fx.Node) -> bool:
 def _between(block: ExpertBlock) -> list[fx.Node]:
     """What happens to each row between the two products."""
     first, last = block.products
-    start = _squeezed(first)
+    start = squeezed(first)
 
     def inside(node: fx.Node) -> Any:
         return () if node is start or _looks_up_expert(node) else sources(node)
 
-    found = [node for node in sorted(reached([_operand(last)], inside)) if node is not start]
+    found = [node for node in sorted(reached([operand(last)], inside)) if node is not start]
     computed = {start}
     for node in found:
         if node.op == "get_attr" or _looks_up_expert(node):
             continue
-        if not _works_by_row(node) or not computed & set(node.all_input_nodes):
+        if not works_by_row(node) or not computed & set(node.all_input_nodes):
             raise ExpertMismatchError("not all of an expert works row by row", node=node)
         computed.add(node)
     return [node for node in found if node in computed or _looks_up_expert(node)]
 
 
-def _works_by_row(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _BY_ROW
+def works_by_row(node: fx.Node) -> bool:
+    """Whether each row of the result, and of each part of it, is made of that row alone."""
+    if node.target in (operator.getitem, *CASTS, *_COPIES):
+        return True
+    if node.target in _PIECES:
+        at = 2 if node.target in (aten.split.Tensor, aten.chunk.default) else 1
+        dim: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)
+        rank = cast("fx.Node", node.args[0]).meta["val"].ndim
+        return bool(dim % (rank + (node.target is aten.unsqueeze.default)) != 0)
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
