@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmopt.ops.attention import uses_kernels
+
 
 def grouped_mm_reference(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """:func:`grouped_mm` in operators of torch, with a copy of its matrix for each row."""
@@ -29,6 +31,11 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[rows, result width]``; zeros for rows behind the last group.
     """
+    if uses_kernel(rows):
+        from vlmopt.lowering.triton import experts as kernels
+
+        with torch.cuda.device_of(rows):
+            return kernels.grouped_mm(rows, weights, ends)
     result = rows.new_empty(rows.shape[0], weights.shape[2])
     start = 0
     for group, end in enumerate(ends.tolist()):
@@ -42,6 +49,15 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 @grouped_mm.register_fake
 def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weights.shape[2])
+
+
+KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernel of :func:`grouped_mm` multiplies."""
+
+
+def uses_kernel(rows: Tensor) -> bool:
+    """Whether :func:`grouped_mm` runs as a Triton kernel: on CUDA, where Triton is installed."""
+    return uses_kernels(rows) and rows.dtype in KERNEL_TYPES
 
 
 @torch.library.custom_op("vlmopt::grouped_outer", mutates_args=())
