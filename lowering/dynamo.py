@@ -2,7 +2,8 @@
 
 Dynamo hands over torch-level graphs. The one in which image features are written into text
 embeddings is brought into canonical form, rewritten by the pipeline, and given to Inductor, which
-differentiates it too. Every other graph goes to Inductor as it came.
+differentiates it too. Where all tokens of a graph are text, passes that need no vision apply. Every
+other graph goes to Inductor as it came.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from vlmopt.analysis.experts import find_experts
+from vlmopt.analysis.layers import find_layers
 from vlmopt.annotation import annotated_model_runs
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.lowering.dynamo_graph import canonical_dynamo_graph
 from vlmopt.lowering.dynamo_tokens import (
     KEPT,
     VisualTokens,
+    embeds_ids,
     find_visual_tokens,
     fixed_counts,
+    may_choose_experts,
     may_hold_visual_tokens,
 )
 from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.pipeline.passes import Pass
 from vlmopt.pipeline.spec import parse_pipeline
 from vlmopt.program import Modality, Port, Program, Stage
 from vlmopt.rewrite.emit import Emitter
@@ -63,20 +69,25 @@ def vlmopt_backend(
     if chosen.passes is None:
         return chosen.lower(gm, example_inputs)
     # a mistake in it must not wait for a graph with an image
-    for one in parse_pipeline(chosen.passes):
+    passes = parse_pipeline(chosen.passes)
+    for one in passes:
         if one.needs_capture:
             raise OptionError(
                 f"{one.name} works on the vision encoder, which torch.compile does not show apart",
                 hint="vlmopt.optimize(model, inputs, passes)",
             )
-    shown = None
+    shown: _Shown | None = None
     if may_hold_visual_tokens(gm, marked=annotated_model_runs()):
         shown = _shown_tokens(gm, options)
     if shown is None:
-        log.debug("graph of %d nodes without visual tokens: left to Inductor", len(gm.graph.nodes))
-        return chosen.lower(gm, example_inputs)
+        passes = tuple(one for one in passes if not one.needs_vision)
+        text = _text_alone(gm, options) if passes and may_choose_experts(gm) else None
+        if text is None:
+            log.debug("graph of %d nodes: left to Inductor", len(gm.graph.nodes))
+            return chosen.lower(gm, example_inputs)
+        shown = text, None, []
     with torch._C._DisableAutocast():  # its casts are in the graph now
-        rewritten = _rewritten(*shown, chosen.passes)
+        rewritten = _rewritten(*shown, passes)
         return _without_autocast(chosen.lower(rewritten, example_inputs))
 
 
@@ -132,9 +143,10 @@ class _Options:
 # -- which graph ---------------------------------------------------------------------------------
 
 
-def _shown_tokens(
-    gm: fx.GraphModule, options: Mapping[str, Any] | None
-) -> tuple[fx.GraphModule, VisualTokens, list[int]] | None:
+_Shown = tuple[fx.GraphModule, VisualTokens | None, list[int]]
+
+
+def _shown_tokens(gm: fx.GraphModule, options: Mapping[str, Any] | None) -> _Shown | None:
     """``gm`` in canonical form, its visual tokens, and how many each sample has.
 
     ``None`` if passes cannot work on it.
@@ -146,11 +158,7 @@ def _shown_tokens(
     if not found.enters_layers:
         _warn_of_graph_break(found, options)
         return None
-    if written:
-        raise PreconditionError(
-            f"the graph that holds the visual tokens writes into its input {written[0]}",
-            hint="call the model without a static cache, or use vlmopt.optimize",
-        )
+    _check_written(written)
     counts = fixed_counts(found)
     if any(isinstance(size, torch.SymInt) for size in (found.batch, found.total)):
         # fixing them settled symbols that the trace still holds open
@@ -160,14 +168,39 @@ def _shown_tokens(
     return canonical, found, counts
 
 
+def _text_alone(gm: fx.GraphModule, options: Mapping[str, Any] | None) -> fx.GraphModule | None:
+    """``gm`` in canonical form, if it routes tokens to experts and all of them are text."""
+    canonical, written = canonical_dynamo_graph(gm)
+    stage = Stage("model", canonical, (), ())
+    found = find_experts(stage)
+    if not found.blocks and not found.misses:
+        return None
+    if not embeds_ids(find_layers(stage).entries[0]):
+        if not annotated_model_runs():
+            _warn_once(
+                "vlmopt: this graph routes tokens to experts, but does not show which of them come "
+                "from vision, so that its passes do not apply; call the model with input_ids, call "
+                "vlmopt.annotate(model) before torch.compile if it takes images, or use "
+                "vlmopt.optimize(model, inputs, passes)",
+                options,
+            )
+        return None
+    _check_written(written)
+    return canonical
+
+
+def _check_written(names: list[str]) -> None:
+    if names:
+        raise PreconditionError(
+            f"the graph that passes would rewrite writes into its input {names[0]}",
+            hint="call the model without a static cache, or use vlmopt.optimize",
+        )
+
+
 _warned: dict[int, Mapping[str, Any] | None] = {}
 
 
 def _warn_of_graph_break(found: VisualTokens, options: Mapping[str, Any] | None) -> None:
-    """Once for each call of ``torch.compile``: its options are one object for all graphs."""
-    if id(options) in _warned:
-        return
-    _warned[id(options)] = options  # held, so that no other object gets its id
     if found.marked:
         message = (
             "vlmopt: graph breaks inside the decoder of this annotated model keep its layers out "
@@ -180,16 +213,30 @@ def _warn_of_graph_break(found: VisualTokens, options: Mapping[str, Any] | None)
             "that its passes do not apply; call vlmopt.annotate(model) before torch.compile, or "
             "use vlmopt.optimize(model, inputs, passes)"
         )
-    warnings.warn(message, stacklevel=2)
+    _warn_once(message, options)
+
+
+def _warn_once(message: str, options: Mapping[str, Any] | None) -> None:
+    """Once for each call of ``torch.compile``: its options are one object for all graphs."""
+    if id(options) not in _warned:
+        _warned[id(options)] = options  # held, so that no other object gets its id
+        warnings.warn(message, stacklevel=2)
 
 
 # -- its rewrite ---------------------------------------------------------------------------------
 
 
 def _rewritten(
-    module: fx.GraphModule, found: VisualTokens, counts: list[int], passes: str
+    module: fx.GraphModule,
+    found: VisualTokens | None,
+    counts: list[int],
+    passes: Sequence[Pass],
 ) -> fx.GraphModule:
-    """``module`` after the pipeline, with as many outputs as before."""
+    """``module`` after the passes, with as many outputs as before.
+
+    Args:
+        found, counts: visual tokens, and how many each sample has; ``None`` and none of text alone.
+    """
     graph = module.graph
     results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     windows = {at: window for at, value in enumerate(results) if (window := _Window.of(value))}
@@ -207,7 +254,8 @@ def _rewritten(
     # what passes added to the outputs is for vlmopt's runtime, which has no part in this program
     values = iter(zip(stage.outputs, graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
     emit = _emitter(stage, graph.output_node())
-    prompt = cast("Any", next((n for n in graph.nodes if n.name == stage.facts["modality"]), None))
+    known = stage.facts.get("modality")
+    prompt = cast("Any", next((n for n in graph.nodes if n.name == known), None))
     with graph.inserting_before(graph.output_node()):
         for at, value in enumerate(results):
             if isinstance(value, fx.Node):
@@ -215,7 +263,7 @@ def _rewritten(
                 if at in windows:
                     kept = stage.output_node(port.kept) if port.kept else None
                     results[at] = windows[at].put_back(emit, results[at], kept, prompt)
-        if stage.cuts and not found.counts and len(counts) > 1:
+        if found is not None and stage.cuts and not found.counts and len(counts) > 1:
             _assert_equal_counts(emit, prompt, counts[0])
     last_kept = stage.output_node(stage.last_cut.kept) if stage.last_cut else None
     graph.output_node().args = (tuple(results),)
@@ -229,7 +277,7 @@ def _rewritten(
 
 
 def _stage(
-    module: fx.GraphModule, found: VisualTokens, counts: list[int], outputs: list[fx.Node]
+    module: fx.GraphModule, found: VisualTokens | None, counts: list[int], outputs: list[fx.Node]
 ) -> Stage:
     """The graph as a stage, with the modality of its tokens computed inside."""
     graph = module.graph
@@ -241,6 +289,9 @@ def _stage(
         tuple(Port(node.name) for node in graph.find_nodes(op="placeholder")),
         tuple(Port(f"output_{index}") for index in range(len(outputs))),
     )
+    if found is None:
+        module.recompile()
+        return stage
 
     def read(*masks: Tensor) -> Tensor:
         rows = [mask[..., 0] if mask.ndim == 3 else mask for mask in masks]

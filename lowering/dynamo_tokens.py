@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from vlmopt.analysis.layers import layer_of
 from vlmopt.errors import PreconditionError
 from vlmopt.graph import operators  # noqa: F401 - registers vlmopt::mark_tokens
-from vlmopt.graph.reach import reached, sources, users
+from vlmopt.graph.reach import is_weight, reached, sources, users
 from vlmopt.rewrite.emit import value_of
 
 aten = torch.ops.aten
@@ -63,6 +63,27 @@ def may_hold_visual_tokens(gm: fx.GraphModule, *, marked: bool) -> bool:
         for node in gm.graph.nodes
         if node.op in ("call_function", "call_method")
     )
+
+
+def may_choose_experts(gm: fx.GraphModule) -> bool:
+    """A glance at a graph as Dynamo made it: routers take the best of their scores."""
+    return any("topk" in _target_name(n) for n in gm.graph.nodes if n.op.startswith("call"))
+
+
+def embeds_ids(stream: fx.Node) -> bool:
+    """Whether a residual stream is made of ids of text alone: nothing else is fed in."""
+    below = reached([stream], sources)
+    return any(
+        node.target is aten.embedding.default and is_weight(cast("fx.Node", node.args[0]))
+        for node in below
+    ) and not any(
+        node.op == "placeholder" and not is_weight(node) and _is_floating(value_of(node))
+        for node in below
+    )
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 _MARKERS = ("mark_tokens",)

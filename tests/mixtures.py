@@ -12,6 +12,39 @@ from vlmopt.program import Program, Role
 from vlmopt.tracing import capture
 
 
+def spread(model: Any) -> Any:
+    """The model with routers that tell experts apart: tiny random ones weigh all alike."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("gate.weight", "router.weight")):
+            weight.data *= 20
+    return model
+
+
+def mixtral() -> Any:
+    """A tiny Mixtral, a model of text alone; 0 pads."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=64,
+        pad_token_id=0,
+    )
+    return spread(MixtralForCausalLM(config).eval())
+
+
+def prompt_of_text(length: int) -> dict[str, torch.Tensor]:
+    """Two samples of random ids, the first padded."""
+    ids = torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(0))
+    ids[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
 class Mixture(nn.Module):
     """A mixture of experts, each ``down(silu(gate) * up)``, in the forms that models give it.
 

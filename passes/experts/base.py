@@ -41,6 +41,7 @@ class ExpertSkip(Pass):
     family = "experts"
     phase = Phase.REDUCE
     semantics = Semantics.LOSSY
+    needs_vision = False
 
     special: tuple[int, ...] = option(
         (), "ids of tokens that keep all of their experts: the tokenizer's all_special_ids", ge=0

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from oracles.experts import ExpertOracle, Rule
 from oracles.masked import MaskOracle
 
 import vlmopt
+from tests.mixtures import mixtral, prompt_of_text, spread
 from vlmopt.errors import NoVisualTokensError, OptionError, PreconditionError
 from vlmopt.lowering.dynamo import vlmopt_backend
 
@@ -175,6 +177,69 @@ def test_wrong_options_are_refused(options: dict[str, Any], text: str) -> None:
     gm = torch.fx.symbolic_trace(torch.nn.Linear(2, 2))
     with pytest.raises(OptionError, match=text):
         vlmopt_backend(gm, [torch.ones(1, 2)], options=options)
+
+
+EXPERTS: list[tuple[str, Rule]] = [
+    (
+        "modes{text=0.45 vision=0.55}",
+        lambda layer, weights, kind: [w >= {"text": 0.45, "vision": 0.55}[kind] for w in weights],
+    ),
+    ("naee{beta=0.7}", lambda layer, weights, kind: [w >= 0.7 * max(weights) for w in weights]),
+    ("expert-topk{k=1}", lambda layer, weights, kind: [w == max(weights) for w in weights]),
+]
+
+
+@pytest.mark.parametrize(("text", "rule"), EXPERTS[:1])
+@torch.no_grad()
+def test_experts_are_skipped_by_modality(text: str, rule: Rule) -> None:
+    def made() -> Any:
+        return spread(zoo.build("qwen3_vl_moe", layers=2))
+
+    inputs = zoo.inputs("qwen3_vl_moe", batch=2)
+    oracle = ExpertOracle(made(), zoo.visual(inputs), rule)
+    wanted = oracle.logits(inputs)
+    assert 0 < oracle.skipped < oracle.total
+    model = made()
+    with vlmopt.annotate(model):
+        found = compiled(model, text)(**inputs).logits
+    check(found, wanted, inputs["attention_mask"].bool())
+    optimized = vlmopt.optimize(made(), inputs, text, backend="eager")
+    check(found, optimized(**inputs).logits, inputs["attention_mask"].bool())
+
+
+@pytest.mark.parametrize(("text", "rule"), EXPERTS[1:])
+@torch.no_grad()
+def test_experts_are_skipped_where_all_is_text(text: str, rule: Rule) -> None:
+    """In prompts of any length, and in decoding; passes for vision find nothing to do."""
+    run = compiled(mixtral(), f"v2drop{{layers=1 keep=0.5}} | {text}", dynamic=True)
+    for length in (9, 12):
+        inputs = prompt_of_text(length)
+        visual = torch.zeros_like(inputs["input_ids"]).bool()
+        oracle = ExpertOracle(mixtral(), visual, rule)
+        wanted = oracle.logits(inputs)
+        assert 0 < oracle.skipped < oracle.total
+        out = run(**inputs)
+        check(out.logits, wanted, inputs["attention_mask"].bool())
+    more = {
+        "input_ids": torch.tensor([[5], [6]]),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+    }
+    found = run(**more, past_key_values=out.past_key_values).logits
+    whole = {**more, "input_ids": torch.cat([inputs["input_ids"], more["input_ids"]], 1)}
+    oracle = ExpertOracle(mixtral(), torch.zeros_like(whole["input_ids"]).bool(), rule)
+    check(found, oracle.logits(whole)[:, -1:], torch.ones(2, 1).bool())
+
+
+@torch.no_grad()
+def test_embeddings_do_not_show_what_is_text() -> None:
+    model, inputs = mixtral(), prompt_of_text(9)
+    given = {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
+        "attention_mask": inputs["attention_mask"],
+    }
+    with pytest.warns(UserWarning, match="does not show which of them come from vision"):
+        found = compiled(model, "expert-topk{k=1}")(**given).logits
+    check(found, mixtral()(**inputs).logits, inputs["attention_mask"].bool())
 
 
 def test_annotations_can_be_undone() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 
-from vlmopt.ops import attention
+from vlmopt.ops import attention, experts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +47,9 @@ def test_kernels_run_on_cuda_only() -> None:
     assert not attention.uses_kernels(torch.empty(1))
     with FakeTensorMode():
         here = attention.uses_kernels(torch.empty(1, device="cuda:0"))
-    assert here == (find_spec("triton") is not None)
+        grouped = experts.uses_kernel(torch.empty(1, 1, device="cuda:0"))
+        assert not experts.uses_kernel(torch.empty(1, 1, device="cuda:0", dtype=torch.float64))
+    assert here == grouped == (find_spec("triton") is not None)
 
 
 def test_inductor_calls_the_operators() -> None:
@@ -95,3 +97,23 @@ def test_kernels_on_a_gpu(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     for others in (scores(query, key), compiled):
         assert all(torch.equal(one, other) for one, other in zip(found, others, strict=True))
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_products_on_a_gpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(1000, 136, device="cuda").to(dtype)
+    rows[900:] = float("nan")  # of skipped pairs: not read
+    weights = torch.randn(6, 200, 136, device="cuda").to(dtype).transpose(1, 2)
+    ends = torch.tensor([64, 64, 65, 400, 400, 900], dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")  # the host never waits for the ends
+    try:
+        found = experts.grouped_mm(rows, weights, ends)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = experts.grouped_mm_reference(rows.nan_to_num(), weights, ends)
+    torch.testing.assert_close(found[:900], wanted[:900], atol=1e-2, rtol=1e-2)
+    assert not found[900:].any()
+    assert torch.equal(found, experts.grouped_mm(rows, weights, ends))

@@ -13,7 +13,8 @@ import zoo
 
 from vlmopt.graph.compare import random_inputs
 from vlmopt.lowering.triton import attention as kernels
-from vlmopt.ops import attention
+from vlmopt.lowering.triton import experts as expert_kernels
+from vlmopt.ops import attention, experts
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.tracing import capture
 
@@ -187,3 +188,94 @@ def test_a_method_keeps_the_same_tokens(passes: str, monkeypatch: pytest.MonkeyP
                 torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4, equal_nan=True)
             else:  # the slots that stay
                 assert found.tolist() == wanted.tolist()
+
+
+# rows, width, columns, ends: tiles full and not, groups that are empty, rows behind the last group
+GROUPS = [
+    (7, 5, 3, [2, 5, 5, 7]),
+    (150, 70, 90, [0, 0, 65, 65, 140]),
+    (200, 40, 64, [64, 128, 128, 128, 128, 129]),
+    (9, 33, 20, [1, 1, 2, 3, 3, 4, 5, 5, 5, 6]),
+    (70, 16, 16, [0, 0, 0]),
+    (1, 1, 1, [1]),
+    (30, 8, 8, []),
+    (0, 8, 8, [0, 0]),
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", GROUPS)
+def test_grouped_products(case: tuple[Any, ...], dtype: torch.dtype, transposed: bool) -> None:
+    count, width, columns, ends = case
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randn(count, width, generator=generator).to(dtype)
+    weights = torch.randn(len(ends), width, columns, generator=generator).to(dtype)
+    if transposed:  # as models keep them
+        weights = weights.transpose(1, 2).contiguous().transpose(1, 2)
+    last = ends[-1] if ends else 0
+    rows[last:] = float("nan")  # rows of skipped pairs are not read
+    for kind in (torch.int32, torch.int64):
+        found = expert_kernels.grouped_mm(rows, weights, torch.tensor(ends, dtype=kind))
+        assert found.dtype == dtype
+        assert found.shape == (count, columns)
+        assert not found[last:].any()
+        start = 0
+        for group, end in enumerate(ends):
+            wanted = (rows[start:end].double() @ weights[group].double()).to(dtype)
+            torch.testing.assert_close(found[start:end], wanted)
+            start = end
+
+
+def test_rows_may_lie_anyhow_and_ends_go_no_further_than_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 40, generator=generator).t()[:20]
+    weights = torch.randn(2, 12, 30, generator=generator)
+    found = expert_kernels.grouped_mm(rows, weights, torch.tensor([3, 0, 50, 0])[::2])
+    torch.testing.assert_close(found[:3], rows[:3] @ weights[0])
+    torch.testing.assert_close(found[3:], rows[3:] @ weights[1])
+
+
+@pytest.mark.parametrize("change", ["width", "ends", "dtype", "double"])
+def test_operands_of_grouped_products_must_fit(change: str) -> None:
+    rows, weights, ends = torch.zeros(4, 8), torch.zeros(2, 8, 3), torch.tensor([1, 4])
+    if change == "width":
+        rows = rows[:, :4]
+    elif change == "ends":
+        ends = ends[:1]
+    elif change == "dtype":
+        rows = rows.bfloat16()
+    else:
+        rows, weights = rows.double(), weights.double()
+    with pytest.raises(ValueError, match="do not fit"):
+        expert_kernels.grouped_mm(rows, weights, ends)
+
+
+def test_skipped_pairs_through_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that skips experts, with the kernel in the place of every grouped product."""
+    program = capture(zoo.build("kimi_k25", layers=2), zoo.inputs("kimi_k25"))
+    run_pipeline(program, "modes{text=0.45 vision=0.55}")
+    stage = program["language_model"]
+    for node in stage.graph.find_nodes(
+        op="call_function", target=torch.ops.aten._grouped_mm.default
+    ):
+        node.target = torch.ops.vlmopt.grouped_mm.default
+        node.args, node.kwargs = node.args[:3], {}
+    stage.graph_module.recompile()
+    inputs = random_inputs(stage, 3)
+    calls = []
+
+    def spy(*args: Any, kernel: Any = expert_kernels.grouped_mm) -> Any:
+        calls.append(int(args[2][-1]) < len(args[0]))
+        return kernel(*args)
+
+    monkeypatch.setattr(expert_kernels, "grouped_mm", spy)
+    results = []
+    for used in (False, True):
+        monkeypatch.setattr(experts, "uses_kernel", lambda rows, used=used: used)
+        with torch.no_grad():
+            results.append(stage.graph_module(*inputs))
+    assert calls
+    assert any(calls)  # some pairs were skipped
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4, equal_nan=True)

@@ -18,6 +18,7 @@ from oracles.methods import v2drop
 from oracles.reduced import ReducedOracle
 
 import vlmopt
+from tests.mixtures import mixtral, prompt_of_text, spread
 from vlmopt.analysis.experts import find_experts
 from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError
@@ -34,14 +35,6 @@ from vlmopt.runtime.model import compile_stage
 FAMILIES = ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria", "kimi_k25"]
 SPECIAL = (1, 6, 7)
 GROUPED = torch.ops.vlmopt.grouped_mm.default
-
-
-def spread(model: Any) -> Any:
-    """The model with routers that tell experts apart: tiny random ones weigh all alike."""
-    for name, weight in model.named_parameters():
-        if name.endswith(("gate.weight", "router.weight")):
-            weight.data *= 20
-    return model
 
 
 def build(family: str, layers: int = 2) -> Any:
@@ -106,27 +99,10 @@ def test_weights_copied_for_each_row_are_multiplied_in_groups(family: str) -> No
 
 
 def test_a_model_of_text_alone() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    def made() -> Any:
-        torch.manual_seed(0)
-        config = MixtralConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            vocab_size=64,
-            pad_token_id=0,
-        )
-        return spread(MixtralForCausalLM(config).eval())
-
-    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
-    ids[0, :3] = 0
-    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    oracle = ExpertOracle(made(), torch.zeros_like(ids).bool(), modes(0.45, 0.0))
-    agrees(made(), inputs, "modes{text=0.45}", oracle)
+    inputs = prompt_of_text(9)
+    visual = torch.zeros_like(inputs["input_ids"]).bool()
+    oracle = ExpertOracle(mixtral(), visual, modes(0.45, 0.0))
+    agrees(mixtral(), inputs, "modes{text=0.45}", oracle)
 
 
 class Both(ReducedOracle):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from torch import fx
 import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
 from vlmopt.analysis.layers import layer_of
 from vlmopt.errors import ExpertMismatchError
-from vlmopt.graph.reach import reached, sources
+from vlmopt.graph.reach import is_weight, reached, sources
 from vlmopt.program import Stage
 
 aten = torch.ops.aten
@@ -159,7 +159,7 @@ def _logits(chosen: fx.Node) -> fx.Node | None:
         if not isinstance(node, fx.Node) or node.op != "call_function":
             continue
         if node.target in _PROJECTIONS:
-            fixed = any(value.op == "get_attr" for value in _untransposed(node.all_input_nodes))
+            fixed = any(map(is_weight, _untransposed(node.all_input_nodes)))
             return node if fixed and _shape(node)[-1] == experts else None
         queue.extend(value for value in node.all_input_nodes if value not in queue)
     return None
@@ -496,7 +496,7 @@ def _is_stacked(value: Any, experts: int) -> bool:
         value = value.args[0]
     return (
         isinstance(value, fx.Node)
-        and value.op == "get_attr"
+        and is_weight(value)
         and len(_shape(value)) == 3
         and _shape(value)[0] == experts
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -33,15 +34,22 @@ def calibrate(out: Output, model: str, text: str, data: str) -> None:
     if len(passes) != 1:
         raise OptionError(f"{text!r} is not one pass", hint="calibrate one at a time")
     loaded, samples = load_model(model), load_samples(data)
-    with out.bar("samples") as progress:
+    with out.bar("samples", "settings") as progress:
         values = measure(loaded, samples, passes[0], target, overwrite=out.force, progress=progress)
     out.progress(f"wrote {target}")
-    lines = [f"{name}: {_shown(value)}" for name, value in values.items()]
+    lines = [f"{name}: {shown}" for name, shown in _rows(values)]
     out.print("\n".join(lines), values)
 
 
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of an artifact; ``weights.text`` for what is inside ``weights``."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _rows(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield prefix + name, " ".join(map(str, value))
+        else:
+            yield prefix + name, str(value)
 
 
 calibrate.help = f"{calibrate.help}\n\n{SAMPLES_HELP}"

@@ -98,15 +98,26 @@ class Output:
             print(text, file=sys.stderr)
 
     @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int | None], None]]:
-        """A progress bar on stderr, moved by calls with what is done and the total, if known."""
+    def bar(self, *phases: str) -> Iterator[Callable[[int, int | None], None]]:
+        """Progress bars on stderr, moved by calls with what is done and the total, if known.
+
+        Args:
+            phases: what is counted; the next phase begins with another total.
+        """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), disable=self.quiet) as progress:
-            task = progress.add_task(what, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            remaining = list(phases)
+            tasks: dict[int | None, Any] = {}
+
+            def move(done: int, total: int | None) -> None:
+                if total not in tasks:
+                    tasks[total] = progress.add_task(remaining.pop(0), total=total)
+                progress.update(tasks[total], completed=done)
+
+            yield move
 
     def reserve(self) -> Path:
         """The path of ``-o``, once it is sure that nothing is overwritten against the user's will.

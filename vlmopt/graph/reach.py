@@ -1,4 +1,4 @@
-"""What nodes of a graph can be reached from others."""
+"""What nodes of a graph can be reached from others, and which hold weights."""
 
 from __future__ import annotations
 
@@ -28,3 +28,10 @@ def sources(node: fx.Node) -> Iterable[fx.Node]:
 def users(node: fx.Node) -> Iterable[fx.Node]:
     """A step: what is computed from a node."""
     return node.users
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node holds a weight: an attribute, or an input that Dynamo took from a module."""
+    if node.op == "placeholder":
+        return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    return node.op == "get_attr"

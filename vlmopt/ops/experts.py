@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from vlmopt.ops.attention import uses_kernels
 from vlmopt.ops.packed import is_available, linear, made_once, pack
 
 
@@ -178,6 +179,15 @@ def best_tile(rows: int, groups: int) -> int:
     return min(sizes, key=lambda size: tile_count(rows, groups, size) * (size + COPY))
 
 
+KERNEL_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernel of :func:`grouped_mm` multiplies."""
+
+
+def uses_kernel(rows: Tensor) -> bool:
+    """Whether :func:`grouped_mm` runs as a Triton kernel: on CUDA, where Triton is installed."""
+    return uses_kernels(rows) and rows.dtype in KERNEL_TYPES
+
+
 @torch.library.custom_op("vlmopt::grouped_mm", mutates_args=())
 def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiply the rows of each group by the matrix of that group.
@@ -190,6 +200,11 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[rows, result width]``; zeros for rows behind the last group.
     """
+    if uses_kernel(rows):
+        from vlmopt.lowering.triton import experts as kernels
+
+        with torch.cuda.device_of(rows):
+            return kernels.grouped_mm(rows, weights, ends)
     matrices = weights.unbind(0)
     if rows.dtype == torch.float32 and rows.device.type == "cpu" and is_available():
         # with few rows up to twice as fast as MKL on processors that are not its vendor's

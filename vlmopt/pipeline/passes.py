@@ -115,6 +115,8 @@ class Pass(ABC):
     """a pipeline text that shows typical options"""
     needs_capture: ClassVar[bool] = False
     """rewrites or reads a stage that only ``vlmopt.capture`` tells apart, the vision encoder"""
+    needs_vision: ClassVar[bool] = True
+    """has nothing to do where all tokens are text"""
     zero_matches_ok: ClassVar[bool] = False
     """a clean-up may find nothing; any other pass that finds nothing is an error"""
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
 from vlmopt.analysis.experts import CASTS, GROUPED_PRODUCTS, Dispatch, ExpertBlock
 from vlmopt.errors import ExpertMismatchError
-from vlmopt.graph.reach import reached, sources
+from vlmopt.graph.reach import is_weight, reached, sources
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Stage
 from vlmopt.rewrite.emit import Emitter
@@ -272,7 +272,7 @@ def matrices(emit: Emitter, product: fx.Node) -> fx.Node:
 
 
 def _looks_up_expert(node: fx.Node) -> bool:
-    return node.target is aten.index.Tensor and cast("fx.Node", node.args[0]).op == "get_attr"
+    return node.target is aten.index.Tensor and is_weight(cast("fx.Node", node.args[0]))
 
 
 def _between(block: ExpertBlock) -> list[fx.Node]:
@@ -286,7 +286,7 @@ def _between(block: ExpertBlock) -> list[fx.Node]:
     found = [node for node in sorted(reached([operand(last)], inside)) if node is not start]
     computed = {start}
     for node in found:
-        if node.op == "get_attr" or _looks_up_expert(node):
+        if is_weight(node) or _looks_up_expert(node):
             continue
         if not works_by_row(node) or not computed & set(node.all_input_nodes):
             raise ExpertMismatchError("not all of an expert works row by row", node=node)
