@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vlmopt.analysis.cost import Pairs
 from vlmopt.analysis.experts import find_experts
 from vlmopt.errors import PreconditionError
 from vlmopt.pipeline.options import option
@@ -67,6 +68,10 @@ class ExpertSkip(Pass):
         """What :meth:`stays` gets in each layer, by number of the layer."""
         return {}
 
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        """The shares of pairs that go, of text and of vision, by layer, and how they are known."""
+        return Pairs.AT_MOST, {}
+
     def is_neutral(self, program: Program) -> bool:
         """Whether these options keep all pairs of all tokens."""
         return False
@@ -78,7 +83,7 @@ class ExpertSkip(Pass):
             if misses:
                 raise misses[0]
             raise PreconditionError(
-                f"this {program.model_type} has no mixture of experts in its layers",
+                "no layer of this model has a mixture of experts",
                 hint="use a pass that drops tokens",
             )
 
@@ -88,6 +93,7 @@ class ExpertSkip(Pass):
             ctx.remark("all experts of all tokens are kept")
             return PassResult(changed=False, matches=blocks)
         constants = self.constants(program)
+        known, shares = self.skipped_shares(program)
         matches = 0
         for stage in _stages(program):
             experts = find_experts(stage)
@@ -108,6 +114,14 @@ class ExpertSkip(Pass):
                     with stage.graph.inserting_before(end):
                         counts.append(emit.trace(_count, kept, present, names=("pairs",)))
                     stage.graph.erase_node(end)
+            if experts.blocks:
+                stage.facts["skipped_pairs"] = {
+                    "known": str(known),
+                    "layers": {
+                        str(block.layer): list(shares.get(block.layer, (0.0, 0.0)))
+                        for block in experts.blocks
+                    },
+                }
             if counts:
                 _report(stage, counts, ctx, self.name)
             remove_unused(stage)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vlmopt.analysis.cost import Pairs
 from vlmopt.analysis.experts import find_experts
 from vlmopt.passes.experts.base import ExpertSkip
 from vlmopt.pipeline.options import option
@@ -29,6 +31,13 @@ class ExpertTopK(ExpertSkip):
     def is_neutral(self, program: Program) -> bool:
         blocks = [block for stage in program for block in find_experts(stage).blocks]
         return all(block.k <= self.k for block in blocks)
+
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        if self.special:  # how many tokens keep all of theirs depends on the prompt
+            return super().skipped_shares(program)
+        blocks = [block for stage in program for block in find_experts(stage).blocks]
+        shares = {block.layer: max(0.0, 1 - self.k / block.k) for block in blocks}
+        return Pairs.COUNTED, {layer: (share, share) for layer, share in shares.items()}
 
     def stays(self, weights: Tensor, classes: Tensor) -> Tensor:  # type: ignore[override]
         return rank_of_weights(weights) < self.k
