@@ -117,7 +117,7 @@ def _llava_onevision_frames(videos: int, seed: int) -> dict[str, torch.Tensor]:
     return {"pixel_values_videos": torch.randn(videos, 4, 3, 32, 32, generator=generator)}
 
 
-def _internvl(layers: int) -> Any:
+def _internvl(layers: int, **text: Any) -> Any:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     config = InternVLConfig(
@@ -129,12 +129,17 @@ def _internvl(layers: int) -> Any:
             "image_size": [64, 64],
             "patch_size": [8, 8],
         },
-        text_config={"model_type": "qwen2", **_text(layers)},
+        text_config={"model_type": "qwen2", **_text(layers), **text},
         image_token_id=IMAGE,
         image_seq_length=16,
         downsample_ratio=0.5,
     )
     return InternVLForConditionalGeneration(config)
+
+
+def _internvl_moe(layers: int) -> Any:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return _internvl(layers, model_type="qwen3_moe", norm_topk_prob=True, **experts)
 
 
 def _smolvlm(layers: int) -> Any:
@@ -746,6 +751,7 @@ MORE_FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family("qwen3_vl_moe", _qwen3_vl_moe, 16, _qwen_pixels, _QWEN3_VIDEO, _qwen_frames),
+        Family("internvl_moe", _internvl_moe, 16, _images(64), _TWO_FRAMES, 2),
         Family("vipllava", _vipllava, 16, _images(32)),
         Family("llava_next", _llava_next, 16 + 16 + 4, _llava_onevision_pixels),
         Family("idefics3", _idefics3, 16, _images(64), per_sample=True),

@@ -119,7 +119,8 @@ class Stage:
         inputs, outputs: one port per placeholder and per element of the output tuple, in order.
         facts: what capture measured, JSON values: ``visual_tokens`` (list of counts per sample),
             ``text_tokens`` and ``padding_tokens`` likewise, ``tokens`` (length), ``batch``,
-            ``layout`` (per sample, runs of equal modality as ``[modality, length]``).
+            ``layout`` (per sample, runs of equal modality as ``[modality, length]``). Passes that
+            skip experts add ``skipped_pairs``: by layer, the shares of text and of vision.
         cuts: token cuts made by passes, in order of layer.
     """
 

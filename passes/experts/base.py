@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from vlmopt.analysis.cost import Pairs
 from vlmopt.analysis.experts import ExpertBlock, find_experts
 from vlmopt.analysis.modality import modality_of_tokens
 from vlmopt.errors import OptionError, PreconditionError
@@ -123,6 +124,10 @@ class ExpertSkip(Pass):
         first = torch.where(classes == SPECIAL, torch.full_like(score, float("inf")), score)
         return best_pairs(first, self._stays(weights, ids, *given, constants=constants), count)
 
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        """The shares of pairs that go, of text and of vision, by layer, and how they are known."""
+        return Pairs.AT_MOST, {}
+
     def is_neutral(self, program: Program) -> bool:
         """Whether these options keep all pairs of all tokens."""
         return False
@@ -134,7 +139,7 @@ class ExpertSkip(Pass):
             if misses:
                 raise misses[0]
             raise PreconditionError(
-                f"this {program.model_type} has no mixture of experts in its layers",
+                "no layer of this model has a mixture of experts",
                 hint="use a pass that drops tokens",
             )
         self.pair_limits(program)
@@ -146,6 +151,7 @@ class ExpertSkip(Pass):
             ctx.remark("all experts of all tokens are kept")
             return PassResult(changed=False, matches=blocks)
         constants = self.constants(program)
+        known, shares = self.skipped_shares(program)
         matches = 0
         for stage in _stages(program):
             experts = find_experts(stage)
@@ -183,6 +189,12 @@ class ExpertSkip(Pass):
                     with stage.graph.inserting_before(end):
                         counts.append(emit.trace(_count, kept, present, names=("pairs",)))
                     stage.graph.erase_node(end)
+            counted = [b.layer for b in experts.blocks if (stage.name, b.layer) not in limits]
+            if counted:
+                stage.facts["skipped_pairs"] = {
+                    "known": str(known),
+                    "layers": {str(at): list(shares.get(at, (0.0, 0.0))) for at in counted},
+                }
             if counts:
                 _report(stage, counts, ctx, self.name)
             remove_unused(stage)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmopt import artifacts
+from vlmopt.analysis.cost import Pairs
 from vlmopt.errors import OptionError
 from vlmopt.passes.experts.base import (
     ExpertSkip,
@@ -108,6 +109,15 @@ class ExpertTopK(ExpertSkip):
             return super().select(weights, ids, *given, constants=constants, count=count)
         stays = self._stays(weights, ids, *given, constants=constants)
         return best_of_each(weights, stays, count // weights.shape[0])
+
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        if self.special:  # how many tokens keep all of theirs depends on the prompt
+            return super().skipped_shares(program)
+        chosen = {block.layer: block.k for _, block in blocks_of(program)}
+        return Pairs.COUNTED, {
+            layer: (max(0.0, 1 - text / chosen[layer]), max(0.0, 1 - vision / chosen[layer]))
+            for layer, (text, vision) in self.constants(program).items()
+        }
 
 
 def rank_of_weights(weights: Tensor) -> Tensor:

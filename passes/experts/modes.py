@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmopt import artifacts
+from vlmopt.analysis.cost import Pairs
 from vlmopt.calibration import Run, Searched, Variant
 from vlmopt.errors import OptionError
 from vlmopt.passes.experts import frontier
@@ -138,6 +139,14 @@ class MoDES(ExpertSkip, Searched):
                 found["layers"], weights["text"], weights["vision"], strict=True
             )
         }
+
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        if not self.artifact:
+            return super().skipped_shares(program)
+        found = self.settings(program)
+        shares = found["skipped_by_layer"]
+        by_layer = zip(shares["text"], shares["vision"], strict=True)
+        return Pairs.MEASURED, dict(zip(found["layers"], by_layer, strict=True))
 
     @staticmethod
     def stays(  # type: ignore[override]

@@ -19,10 +19,19 @@ from oracles.reduced import ReducedOracle
 
 import vlmopt
 from tests.mixtures import mixtral, prompt_of_text, spread
+from vlmopt import artifacts
+from vlmopt.analysis.cost import (
+    Pairs,
+    computed_pairs,
+    node_flops,
+    stage_cost,
+    tokens_per_layer,
+)
 from vlmopt.analysis.experts import find_experts
 from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError
 from vlmopt.graph.compare import random_inputs
+from vlmopt.graph.stats import program_stats, stats_text
 from vlmopt.lowering.experts import without_skipped_rows
 from vlmopt.passes.experts import frontier
 from vlmopt.passes.experts.expert_topk import ExpertTopK
@@ -32,7 +41,7 @@ from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Modality
 from vlmopt.runtime.model import compile_stage
 
-FAMILIES = ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria", "kimi_k25"]
+FAMILIES = ["qwen3_vl_moe", "internvl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria", "kimi_k25"]
 SPECIAL = (1, 6, 7)
 GROUPED = torch.ops.vlmopt.grouped_mm.default
 
@@ -195,6 +204,70 @@ def test_rows_that_no_expert_computes_are_never_read(captured: Any) -> None:
     for found, value in zip(prefill(program), wanted, strict=True):
         assert torch.equal(found, value)
     assert all(poisoned)
+
+
+def routed_flops(stage: Any) -> int:
+    """Of all rows of grouped products, computed or not."""
+    return sum(node_flops(node) for node in stage.graph.nodes if "grouped_mm" in str(node.target))
+
+
+def test_flops_are_those_of_the_pairs_that_are_computed(captured: Any) -> None:
+    before = captured[2]["language_model"]
+    cost = stage_cost(before)
+    assert 0 < routed_flops(before) < cost.flops
+    program = captured[2].clone()
+    run_pipeline(program, "expert-topk{k=1 count=true} | v2drop{layers=1 keep=0.5}")
+    stage = program["language_model"]
+    pairs = prefill(program)[[port.name for port in stage.outputs].index("expert_pairs")]
+    batch, tokens = before.facts["batch"], tokens_per_layer(stage, range(2))
+    shares = computed_pairs(stage)
+    for (layer, share), counted in zip(shares.items(), pairs, strict=True):
+        assert share == pytest.approx(int(counted[:, 1].sum()) / (batch * tokens[layer] * 2))
+    assert shares[1] == pytest.approx(0.5)  # no padding here
+    program = captured[2].clone()
+    run_pipeline(program, "expert-topk{k=1}")
+    after = stage_cost(program["language_model"])
+    assert after.flops == cost.flops - routed_flops(before) // 2
+    assert (cost.pairs, after.pairs) == (Pairs.ALL, Pairs.COUNTED)
+
+
+@pytest.mark.parametrize("text", ["naee", "modes{text=0.1}", "expert-topk{k=1 special=1}"])
+def test_flops_that_only_a_run_would_tell_are_an_upper_bound(captured: Any, text: str) -> None:
+    program = captured[2].clone()
+    run_pipeline(program, text)
+    cost = stage_cost(program["language_model"])
+    assert cost.pairs is Pairs.AT_MOST
+    assert cost.flops == stage_cost(captured[2]["language_model"]).flops
+    shown = stats_text([program_stats(program, text)])
+    assert "at most" in next(line for line in shown.splitlines() if "FLOPs, prefill" in line)
+    assert "how many pairs of token and expert are skipped is known at run time." in shown
+
+
+def test_flops_as_measured_in_calibration(captured: Any, tmp_path: Path) -> None:
+    program = captured[2].clone()
+    before = program["language_model"]
+    layers = [block.layer for block in find_experts(before).blocks]
+    path = tmp_path / "modes.json"
+    values = {
+        "layers": layers,
+        "weights": {"text": [1.0] * len(layers), "vision": [1.0] * len(layers)},
+        "thresholds": {"text": 0.5, "vision": 0.5},
+        "skipped_by_layer": {"text": [0.25] * len(layers), "vision": [0.75] * len(layers)},
+    }
+    artifacts.write(path, "modes", program, values)
+    report = run_pipeline(program, f"modes{{artifact={path}}}")
+    assert report.records[0].result.changed
+    stage = program["language_model"]
+    text, vision = sum(stage.facts["text_tokens"]), sum(stage.facts["visual_tokens"])
+    share = (0.75 * text + 0.25 * vision) / (text + vision)
+    assert computed_pairs(stage) == pytest.approx(dict.fromkeys(layers, share))
+    assert computed_pairs(program["decode"]) == pytest.approx(dict.fromkeys(layers, 0.75))
+    cost = stage_cost(stage)
+    wanted = stage_cost(captured[2]["language_model"]).flops - (1 - share) * routed_flops(stage)
+    assert cost.flops == pytest.approx(wanted, abs=len(layers))
+    shown = stats_text([program_stats(program, "modes")])
+    assert "at most" not in shown
+    assert "as many pairs of token and expert are skipped as in calibration." in shown
 
 
 def test_the_run_time_rule_of_the_card() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -24,6 +25,25 @@ aten = torch.ops.aten
 
 ASSUMPTIONS = "dense SDPA, no causal discount; 1 FMA = 2 FLOPs"
 SYMBOLIC_ASSUMPTION = "symbolic sizes count as the size seen at capture"
+
+
+class Pairs(StrEnum):
+    """How the pairs of token and expert that a stage computes are known."""
+
+    ALL = "all"
+    """each token takes as many experts as its router chooses; no pass skips any"""
+    COUNTED = "counted"
+    """the pass says how many are skipped, whatever the input"""
+    MEASURED = "measured"
+    """as many are skipped as when the pass was calibrated"""
+    AT_MOST = "at most"
+    """how many are skipped is known only when the stage runs; counted are all"""
+
+
+PAIRS_ASSUMPTIONS = {
+    Pairs.MEASURED: "as many pairs of token and expert are skipped as in calibration",
+    Pairs.AT_MOST: "at most; how many pairs of token and expert are skipped is known at run time",
+}
 
 _UNBACKED_SIZE = 1
 """Size assumed where not even capture knew one, such as the number of rows of ``nonzero``."""
@@ -64,6 +84,7 @@ class StageCost:
         container: module path of that container, or ``None`` where nothing is repeated.
         mean_tokens: mean over layers of the tokens that they process, where tokens are known.
         symbolic: some size was symbolic; see :data:`SYMBOLIC_ASSUMPTION`.
+        pairs: how the computed pairs of token and expert are known; see :data:`PAIRS_ASSUMPTIONS`.
     """
 
     flops: int = 0
@@ -75,6 +96,7 @@ class StageCost:
     container: str | None = None
     mean_tokens: float | None = None
     symbolic: bool = False
+    pairs: Pairs = Pairs.ALL
 
 
 def program_cost(program: Program) -> dict[str, StageCost]:
@@ -86,14 +108,17 @@ def stage_cost(stage: Stage) -> StageCost:
     """Cost of one stage."""
     total = NodeCost()
     nodes = 0
+    computed = computed_pairs(stage)
     blocks: dict[str, dict[int, list[NodeCost]]] = {}
     for node in stage.graph.nodes:
         if node.op != "call_function":
             continue
         cost = node_cost(node)
+        place = layer_of(node)
+        if place is not None and place[1] in computed and _is_grouped(node):
+            cost = NodeCost(round(cost.flops * computed[place[1]]), cost.bytes_moved)
         total = NodeCost(total.flops + cost.flops, total.bytes_moved + cost.bytes_moved)
         nodes += 1
-        place = layer_of(node)
         if place is not None:
             blocks.setdefault(place[0], {}).setdefault(place[1], []).append(cost)
     container = max(blocks, key=lambda name: _weight(blocks[name]), default=None)
@@ -117,6 +142,7 @@ def stage_cost(stage: Stage) -> StageCost:
         container,
         sum(tokens.values()) / len(tokens) if tokens else None,
         any(_is_symbolic(node) for node in stage.graph.nodes),
+        Pairs(stage.facts["skipped_pairs"]["known"]) if computed else Pairs.ALL,
     )
 
 
@@ -172,6 +198,26 @@ def tokens_per_layer(stage: Stage, layers: Iterable[int]) -> dict[int, int]:
     return counts
 
 
+def computed_pairs(stage: Stage) -> dict[int, float]:
+    """The share of pairs of token and expert that is computed, by layer.
+
+    Empty where no pass skips any. Padding takes no expert then.
+    """
+    facts = stage.facts
+    shares = facts.get("skipped_pairs", {}).get("layers", {})
+    lengths = tokens_per_layer(stage, map(int, shares))
+    found = {}
+    for layer, (text, vision) in ((int(name), share) for name, share in shares.items()):
+        if layer not in lengths:  # decoding
+            found[layer] = 1 - text
+            continue
+        cut = next((cut for cut in reversed(stage.cuts) if cut.covers(layer)), None)
+        visual = facts["visual_tokens"] if cut is None else [after for _, after in cut.visual]
+        kept = sum(facts["text_tokens"]) * (1 - text) + sum(visual) * (1 - vision)
+        found[layer] = kept / (facts["batch"] * lengths[layer])
+    return found
+
+
 def size_of(size: int | torch.SymInt) -> int:
     """A dimension as a number; a symbolic one by the size seen at capture."""
     return optimization_hint(size, fallback=_UNBACKED_SIZE)
@@ -200,6 +246,11 @@ def _grouped_product(node: fx.Node) -> int:
     if len(left) == 2:
         return 2 * math.prod(left) * right[-1]
     return 2 * math.prod(_shape(node)) * left[-1]
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    target: Any = node.target
+    return FLOP_FORMULAS.get(getattr(target, "overloadpacket", None)) is _grouped_product
 
 
 def _attention(node: fx.Node) -> int:

@@ -29,6 +29,7 @@ from vlmopt.graph.diff import (
 from vlmopt.graph.snapshot import NodeRecord, Provenance
 from vlmopt.graph.stats import (
     assumptions_text,
+    bounded,
     bytes_text,
     cost_json,
     flops_label,
@@ -399,8 +400,9 @@ def _savings(stage: StageDiff) -> list[str]:
         flops, nodes = si(cost.flops), grouped(cost.nodes)
         return [f"stage {stage.name} {word}: {nodes} nodes, {flops} FLOPs"]
     header = (stage.name, "before", "after", "change", "")
-    rows = [header, ("  " + flops_label(stage.name), *_change(before.flops, after.flops, si))]
-    rows[-1] += (_by_layer(before, after),)
+    left_text, right_text, change = _change(before.flops, after.flops, si)
+    cells = bounded(left_text, before), bounded(right_text, after), change
+    rows = [header, ("  " + flops_label(stage.name), *cells, _by_layer(before, after))]
     figures: list[tuple[str, float | None, float | None, Callable[[float], str]]] = [
         ("KV cache, 1 sequence", before.kv_cache_bytes, after.kv_cache_bytes, bytes_text),
         ("tokens, mean of layers", before.mean_tokens, after.mean_tokens, "{:.1f}".format),

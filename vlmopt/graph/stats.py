@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from vlmopt.analysis.cost import ASSUMPTIONS, SYMBOLIC_ASSUMPTION, StageCost, stage_cost
+from vlmopt.analysis.cost import (
+    ASSUMPTIONS,
+    PAIRS_ASSUMPTIONS,
+    SYMBOLIC_ASSUMPTION,
+    Pairs,
+    StageCost,
+    stage_cost,
+)
 from vlmopt.graph.text import op_text
 from vlmopt.program import Program, Stage
 
@@ -101,6 +108,7 @@ def cost_json(cost: StageCost) -> dict[str, Any]:
         "kv_cache_bytes": cost.kv_cache_bytes,
         "mean_tokens": cost.mean_tokens,
         "symbolic": cost.symbolic,
+        "pairs": str(cost.pairs),
         "container": cost.container,
         "layers": {str(index): vars(layer) for index, layer in cost.layers.items()},
     }
@@ -108,9 +116,13 @@ def cost_json(cost: StageCost) -> dict[str, Any]:
 
 def assumptions_text(costs: Iterable[StageCost | None]) -> str:
     """What has to be printed below any figure of these costs."""
+    given = [cost for cost in costs if cost is not None]
     lines = [f"attention FLOPs: {ASSUMPTIONS}."]
-    if any(cost is not None and cost.symbolic for cost in costs):
+    if any(cost.symbolic for cost in given):
         lines.append(f"sizes: {SYMBOLIC_ASSUMPTION}.")
+    for known, text in PAIRS_ASSUMPTIONS.items():
+        if any(cost.pairs is known for cost in given):
+            lines.append(f"experts: {text}.")
     return "\n".join(lines)
 
 
@@ -132,7 +144,16 @@ def cost_rows(stage: str, costs: Sequence[StageCost | None]) -> list[tuple[str, 
         figures = [None if cost is None else figure(cost) for cost in costs]
         if any(figures):
             result.append((f"  {label}", *_cells(figures, form)))
+    flops = result[0] if result and "FLOPs" in result[0][0] else None
+    if flops is not None:
+        result[0] = flops[0], *map(bounded, flops[1:], costs)
     return result
+
+
+def bounded(text: str, cost: StageCost | None) -> str:
+    """FLOPs as text, ``at most`` if a part of them may be skipped."""
+    at_most = cost is not None and cost.pairs is Pairs.AT_MOST
+    return f"at most {text}" if at_most else text
 
 
 def flops_label(stage: str) -> str:
