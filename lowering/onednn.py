@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN, on weights packed once.
+"""Linear layers and the products of experts by oneDNN, on weights packed once.
 
 Inductor hands float32 products to MKL, which packs the weight anew in every call and knows the
 vector units of one vendor only; in bfloat16 it has oneDNN do the packing, in every call too. What
@@ -7,25 +7,24 @@ that costs grows as tokens are dropped: the fewer the rows, the less work per pa
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, fx
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from vlmopt.analysis.experts import GROUPED_PRODUCTS
 from vlmopt.errors import PreconditionError
-from vlmopt.ops.packed import is_available, pack
+from vlmopt.ops.experts import pack_matrices
+from vlmopt.ops.packed import is_available, packed
 from vlmopt.program import attach_attr, copy_graph, fetch_attr
 
 aten = torch.ops.aten
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-_packed = WeakTensorKeyDictionary()
-"""What was made of a weight, and its version then: stages share it, and it lives as long as the
-weight does."""
-
 
 def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which linear layers with weights of their own run on packed ones.
+    """A copy in which linear layers and experts with weights of their own run on packed ones.
 
     Each weight is packed once, whatever the number of graphs that hold it, and takes its memory a
     second time. ``gm`` is not changed; weights that change later are not seen.
@@ -40,6 +39,9 @@ def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
         source = node.args[1]
         if isinstance(source, fx.Node) and source.op == "get_attr":
             found += _pack(result, node, str(source.target))
+    for target in GROUPED_PRODUCTS:
+        for node in result.graph.find_nodes(op="call_function", target=target):
+            found += _pack_experts(result, node)
     if not found:
         raise PreconditionError(
             "no linear layer here can run on packed weights: that takes float32 or bfloat16 on the "
@@ -54,7 +56,7 @@ def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _pack(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
     weight = fetch_attr(gm, path)
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES or not is_available():
+    if not _is_packable(weight):
         return False
     name = f"packed.{path}"
     attach_attr(gm, name, packed(weight))
@@ -68,10 +70,21 @@ def _pack(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
     return True
 
 
-def packed(weight: Tensor) -> Tensor:
-    """What :func:`vlmopt.ops.packed.pack` makes of a weight, kept until the weight changes."""
-    found = _packed.get(weight)
-    if found is None or found[0] != weight._version:
-        found = _packed[weight] = (weight._version, pack(weight))
-    result: Tensor = found[1]
-    return result
+def _pack_experts(gm: fx.GraphModule, node: fx.Node) -> bool:
+    rows, matrices, ends = cast("tuple[fx.Node, ...]", node.args[:3])
+    transposed = matrices.target is aten.transpose.int and set(matrices.args[1:]) == {-2, -1}
+    source = cast("fx.Node", matrices.args[0]) if transposed else matrices
+    if source.op != "get_attr" or not _is_packable(weight := fetch_attr(gm, str(source.target))):
+        return False
+    pack_matrices(weight, transposed)  # now, and not in the first call
+    with gm.graph.inserting_before(node):
+        given = rows, source, transposed, ends
+        call = gm.graph.call_function(torch.ops.vlmopt.packed_grouped_mm.default, given)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
+    return True
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in DTYPES and is_available()

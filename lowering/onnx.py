@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
+from vlmopt.analysis.experts import GROUPED_PRODUCTS
 from vlmopt.errors import ArtifactError, LoweringError, describe_node
 from vlmopt.folders import new_folder
 from vlmopt.graph.compare import TOLERANCES, random_inputs
 from vlmopt.graph.text import dtype_text, op_text
 from vlmopt.ops import DECOMPOSITIONS, STEPS
+from vlmopt.ops.experts import best_tile, grouped_mm_tiles, tile_count
 from vlmopt.program import Port, Program, Role, Stage, copy_graph, fetch_attr
 
 aten = torch.ops.aten
@@ -70,6 +72,7 @@ class StageReport:
         size: bytes of the file, weights beside it included.
         operators: number of nodes by operator, most frequent first.
         past: past tokens of a decode stage.
+        copies: bytes of matrices of experts that the largest grouped product copies.
         errors: largest absolute difference from eager by output; empty when not checked.
     """
 
@@ -78,6 +81,7 @@ class StageReport:
     size: int
     operators: Mapping[str, int]
     past: int | None = None
+    copies: int = 0
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -129,6 +133,7 @@ class OnnxReport:
                     "file": stage.file,
                     "size": stage.size,
                     "past": stage.past,
+                    "copies": stage.copies,
                     "operators": dict(stage.operators),
                     "errors": dict(stage.errors),
                 }
@@ -148,6 +153,8 @@ class OnnxReport:
             if stage.errors:
                 worst = max(stage.errors, key=lambda name: stage.errors[name])
                 parts.append(f"largest error {stage.errors[worst]:.1e} ({worst})")
+            if stage.copies:
+                parts.append(f"{stage.copies / 1e6:.2f} MB of experts copied")
             if stage.past is not None:
                 parts.append(f"{stage.past} past tokens")
             lines.append("  ".join(parts))
@@ -371,8 +378,8 @@ def _export_stage(
         try:
             with torch.no_grad():
                 exported = torch.export.export(stage.graph_module, tuple(_examples(stage, 0, past)))
-                if any(node.target in DECOMPOSITIONS for node in exported.graph.nodes):
-                    exported = exported.run_decompositions(dict(DECOMPOSITIONS))
+                if any(map(_goes_out_otherwise, exported.graph.nodes)):
+                    exported = exported.run_decompositions(dict(_PLAIN))
         except Exception as error:
             raise LoweringError(
                 f"stage {stage.name} cannot be traced with static shapes: {_first_line(error)}",
@@ -417,7 +424,8 @@ def _export_stage(
     _require_standard(stage, model, inputs, outputs)
     size = sum(path.stat().st_size for path in folder.glob(f"{file}*"))
     operators = dict(Counter(node.op_type for node in _nodes(model.graph)).most_common())
-    return StageReport(stage.name, file, size, operators, past), int(model.ir_version)
+    copies = max((product["copies"] for product in _grouped_products(stage)), default=0)
+    return StageReport(stage.name, file, size, operators, past, copies), int(model.ir_version)
 
 
 def _properties(program: Program, stage: Stage) -> dict[str, str]:
@@ -529,6 +537,8 @@ def _describe(stage: Stage, report: StageReport) -> dict[str, Any]:
         described["outputs"].append(_describe_port(stage, port, value))
     if report.past is not None:
         described["past"] = report.past
+    if products := _grouped_products(stage):
+        described["grouped_products"] = products
     if "encoding" in stage.facts:
         described["encoding"] = stage.facts["encoding"]
     if stage.cuts:
@@ -542,6 +552,28 @@ def _describe(stage: Stage, report: StageReport) -> dict[str, Any]:
             for cut in stage.cuts
         ]
     return described
+
+
+def _grouped_products(stage: Stage) -> list[dict[str, int]]:
+    """Products of rows sorted by expert, and the tiles that they are written as."""
+    found = []
+    for node in stage.graph.nodes:
+        if node.target not in GROUPED_PRODUCTS:
+            continue
+        (rows, _), weights = (value.meta["val"].shape for value in node.args[:2])
+        size = best_tile(int(rows), int(weights[0]))
+        tiles = tile_count(int(rows), int(weights[0]), size)
+        matrix = node.args[1].meta["val"][0].nbytes
+        found.append(
+            {
+                "rows": int(rows),
+                "experts": int(weights[0]),
+                "tile": size,
+                "tiles": tiles,
+                "copies": tiles * matrix,
+            }
+        )
+    return found
 
 
 def _describe_port(stage: Stage, port: Port, value: fx.Node | Tensor) -> dict[str, Any]:
@@ -752,6 +784,56 @@ def _masked_scatter(self: Any, mask: Any, source: Any) -> Any:
     rank = op.Max(op.Sub(op.CumSum(ones, op.Constant(value_int=0)), one), zero)
     rows = op.Gather(op.Reshape(source, flat), rank, axis=0)
     return op.Where(wide, op.Reshape(rows, full), self)
+
+
+def _grouped_product(
+    rows: Tensor,
+    weights: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """The kernel of torch for sorted rows, as our own operator."""
+    if rows.ndim != 2 or weights.ndim != 3 or offs is None or bias is not None or out_dtype:
+        return NotImplemented
+    return grouped_mm_tiles(rows, weights, offs)
+
+
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Any:
+    """ONNX Runtime has no kernel for a choice between truth values."""
+    if one.dtype is not torch.bool or other.dtype is not torch.bool:
+        return NotImplemented
+    return (condition & one) | (~condition & other)
+
+
+def _index_put(
+    value: Tensor, indices: Sequence[Tensor | None], new: Tensor, accumulate: bool = False
+) -> Any:
+    """One value under a mask is a choice; torch's own goes through NonZero."""
+    mask = indices[0]
+    if accumulate or len(indices) > 1 or mask is None or mask.dtype is not torch.bool:
+        return NotImplemented
+    if new.numel() != 1:
+        return NotImplemented
+    wide = mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim))
+    return torch.where(wide, new.reshape(()), value)
+
+
+_PLAIN: Mapping[Any, Callable[..., Any]] = {
+    **DECOMPOSITIONS,
+    aten._grouped_mm.default: _grouped_product,
+    aten.where.self: _where,
+    aten.index_put.default: _index_put,
+}
+"""Operators that go out as others; some only with some arguments, and else as they are."""
+
+
+def _goes_out_otherwise(node: fx.Node) -> bool:
+    if node.target is aten.where.self:
+        return bool(node.meta["val"].dtype is torch.bool)
+    if node.target is aten.index_put.default:
+        return any(value.meta["val"].dtype is torch.bool for value in node.all_input_nodes)
+    return node.target in _PLAIN
 
 
 _TRANSLATIONS: dict[Any, Translation] = {

@@ -6,21 +6,23 @@ each token, and leaving the other pairs out of the products is here.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from vlmopt.analysis.cost import Pairs
-from vlmopt.analysis.experts import find_experts
-from vlmopt.errors import PreconditionError
+from vlmopt.analysis.experts import ExpertBlock, find_experts
+from vlmopt.analysis.modality import modality_of_tokens
+from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
 from vlmopt.program import Modality, Port, Program, Role, Stage
+from vlmopt.rewrite.capacity import best_pairs, compute_pairs
 from vlmopt.rewrite.classes import SPECIAL, TokenClasses
 from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.experts import skip_pairs
@@ -44,6 +46,14 @@ class ExpertSkip(Pass):
 
     special: tuple[int, ...] = option(
         (), "ids of tokens that keep all of their experts: the tokenizer's all_special_ids", ge=0
+    )
+
+    capacity: tuple[float, ...] = option(
+        (),
+        "share of all pairs that a graph of fixed sizes computes at most, those of highest score; "
+        "one for all layers with experts, or one for each. None: as many as stay",
+        gt=0,
+        le=1,
     )
 
     count: bool = option(
@@ -72,6 +82,52 @@ class ExpertSkip(Pass):
         """The shares of pairs that go, of text and of vision, by layer, and how they are known."""
         return Pairs.AT_MOST, {}
 
+    def score(self, weights: Tensor, classes: Tensor, *constants: float) -> Tensor:
+        """What pairs are ranked by where not all that stay can be computed; a pure function.
+
+        Arguments as for :meth:`stays`.
+
+        Returns:
+            float32 ``[tokens, k]``.
+        """
+        return weights
+
+    def pair_limits(self, program: Program) -> Mapping[tuple[str, int], int]:
+        """Where as many pairs are computed whatever the values: how many, by stage and layer.
+
+        Raises:
+            OptionError: there are not as many capacities as layers with experts.
+        """
+        if not self.capacity:
+            return {}
+        blocks = list(blocks_of(program))
+        layers = sorted({block.layer for _, block in blocks})
+        if len(self.capacity) not in (1, len(layers)):
+            raise OptionError(
+                f"{self.name}: option capacity has {len(self.capacity)} values, and {len(layers)} "
+                "layers have experts"
+            )
+        shares = self.capacity if len(self.capacity) > 1 else self.capacity * len(layers)
+        return {
+            (stage.name, block.layer): rounded_up(
+                shares[layers.index(block.layer)] * block.ids.meta["val"].numel()
+            )
+            for stage, block in blocks
+        }
+
+    def select(
+        self, weights: Tensor, ids: Tensor, *given: Tensor, constants: tuple[float, ...], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The pairs that are computed where their number is fixed.
+
+        See :data:`~vlmopt.rewrite.capacity.Select`.
+        """
+        classes = given[0].reshape(-1, 1) if given else _all_text(ids)
+        score = self.score(weights, classes, *constants)
+        # special tokens give way to none
+        first = torch.where(classes == SPECIAL, torch.full_like(score, float("inf")), score)
+        return best_pairs(first, self._stays(weights, ids, *given, constants=constants), count)
+
     def is_neutral(self, program: Program) -> bool:
         """Whether these options keep all pairs of all tokens."""
         return False
@@ -86,9 +142,11 @@ class ExpertSkip(Pass):
                 "no layer of this model has a mixture of experts",
                 hint="use a pass that drops tokens",
             )
+        self.pair_limits(program)
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
-        if self.is_neutral(program):
+        limits = self.pair_limits(program)
+        if not limits and self.is_neutral(program):
             blocks = sum(len(find_experts(stage).blocks) for stage in _stages(program))
             ctx.remark("all experts of all tokens are kept")
             return PassResult(changed=False, matches=blocks)
@@ -105,8 +163,25 @@ class ExpertSkip(Pass):
                 matches += 1
                 present = classes.of(block.layer, block.stream)
                 given = () if present is None else (present,)
-                stays = partial(self._stays, constants=constants.get(block.layer, ()))
-                kept = skip_pairs(stage, block, stays, given, ctx, prefix=self.name, match=matches)
+                fixed = constants.get(block.layer, ())
+                count = limits.get((stage.name, block.layer))
+                if count is None:
+                    stays = partial(self._stays, constants=fixed)
+                    kept = skip_pairs(
+                        stage, block, stays, given, ctx, prefix=self.name, match=matches
+                    )
+                else:
+                    select = partial(self.select, constants=fixed, count=count)
+                    kept = compute_pairs(
+                        stage, block, select, given, ctx, prefix=self.name, match=matches
+                    )
+                    tokens, k = block.ids.meta["val"].shape
+                    ctx.remark(
+                        f"layer {block.layer} computes {count} of {tokens * k} pairs of token and "
+                        "expert, whatever the prompt",
+                        node=kept,
+                        stage=stage.name,
+                    )
                 if self.count and present is not None:
                     with stage.graph.inserting_after(kept):
                         end = stage.graph.call_function(torch.ops.aten.alias.default, (kept,))
@@ -114,13 +189,12 @@ class ExpertSkip(Pass):
                     with stage.graph.inserting_before(end):
                         counts.append(emit.trace(_count, kept, present, names=("pairs",)))
                     stage.graph.erase_node(end)
-            if experts.blocks:
+            # where their number is fixed, rows are no more than the pairs that are computed
+            free = [b.layer for b in experts.blocks if (stage.name, b.layer) not in limits]
+            if free:
                 stage.facts["skipped_pairs"] = {
                     "known": str(known),
-                    "layers": {
-                        str(block.layer): list(shares.get(block.layer, (0.0, 0.0)))
-                        for block in experts.blocks
-                    },
+                    "layers": {str(layer): list(shares.get(layer, (0.0, 0.0))) for layer in free},
                 }
             if counts:
                 _report(stage, counts, ctx, self.name)
@@ -131,11 +205,19 @@ class ExpertSkip(Pass):
         self, weights: Tensor, ids: Tensor, *given: Tensor, constants: tuple[float, ...]
     ) -> Tensor:
         if not given:
-            text = torch.full_like(ids[:, :1], Modality.TEXT)
-            return self.stays(weights, text, *constants)
+            return self.stays(weights, _all_text(ids), *constants)
         classes = given[0].reshape(-1, 1)
         kept = self.stays(weights, classes, *constants) | (classes == SPECIAL)
         return kept & (classes != Modality.PADDING)
+
+
+def rounded_up(count: float) -> int:
+    """The next whole number, what floating point adds aside; at least 1."""
+    return max(1, math.ceil(count - 1e-6))
+
+
+def _all_text(ids: Tensor) -> Tensor:
+    return torch.full_like(ids[:, :1], Modality.TEXT)
 
 
 def _count(kept: Tensor, classes: Tensor) -> Tensor:
@@ -168,9 +250,20 @@ def _stages(program: Program) -> list[Stage]:
     ]
 
 
+def visual_tokens(stage: Stage, layer: int) -> int:
+    """Visual tokens that are present in a layer, over the whole batch."""
+    if stage.find_inputs(Role.KEY) or not any(stage.facts.get("visual_tokens", ())):
+        return 0
+    return sum(modality_of_tokens(stage, layer).visual)
+
+
+def blocks_of(program: Program) -> Iterator[tuple[Stage, ExpertBlock]]:
+    """All mixtures of experts, each with its stage."""
+    for stage in _stages(program):
+        for block in find_experts(stage).blocks:
+            yield stage, block
+
+
 def layers_with_experts(program: Program) -> tuple[int, ...]:
     """Layers that hold a mixture of experts, in order."""
-    found: dict[int, Any] = {}
-    for stage in _stages(program):
-        found |= dict.fromkeys(block.layer for block in find_experts(stage).blocks)
-    return tuple(sorted(found))
+    return tuple(sorted({block.layer for _, block in blocks_of(program)}))

@@ -15,7 +15,14 @@ from vlmopt.analysis.cost import Pairs
 from vlmopt.calibration import Run, Searched, Variant
 from vlmopt.errors import OptionError
 from vlmopt.passes.experts import frontier
-from vlmopt.passes.experts.base import PAIRS, ExpertSkip, layers_with_experts
+from vlmopt.passes.experts.base import (
+    PAIRS,
+    ExpertSkip,
+    blocks_of,
+    layers_with_experts,
+    rounded_up,
+    visual_tokens,
+)
 from vlmopt.passes.experts.bypass import KINDS, Bypass
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.options import option
@@ -47,6 +54,13 @@ class MoDES(ExpertSkip, Searched):
     text_weights: tuple[float, ...] = option((), "of each layer with experts; none: 1", ge=0)
     vision_weights: tuple[float, ...] = option((), "of each layer with experts; none: 1", ge=0)
     artifact: str = option("", "JSON file with weights and thresholds, in place of the above")
+
+    margin: float = option(
+        0.0,
+        "with an artifact, for a graph of fixed sizes: capacity of each layer, as a multiple of "
+        "the pairs that stayed on average; 0: see capacity",
+        ge=0,
+    )
 
     rho: float = option(
         0.8, "for calibration: share of pairs of token and expert to skip", gt=0, lt=1
@@ -95,6 +109,27 @@ class MoDES(ExpertSkip, Searched):
         thresholds = {"text": self.text, "vision": self.vision}
         return {"layers": layers, "weights": weights, "thresholds": thresholds}
 
+    def pair_limits(self, program: Program) -> Mapping[tuple[str, int], int]:
+        if not self.margin:
+            return super().pair_limits(program)
+        if not self.artifact or self.capacity:
+            raise OptionError(
+                f"{self.name}: option margin is a multiple of what an artifact counted, in place "
+                "of capacity",
+                hint="give artifact and margin, or capacity alone",
+            )
+        found = self.settings(program)
+        limits = {}
+        for stage, block in blocks_of(program):
+            at = found["layers"].index(block.layer)
+            pairs, seen = block.ids.meta["val"].numel(), visual_tokens(stage, block.layer) * block.k
+            kept = sum(
+                count * (1 - found["skipped_by_layer"][kind][at])
+                for kind, count in (("text", pairs - seen), ("vision", seen))
+            )
+            limits[stage.name, block.layer] = min(rounded_up(self.margin * kept), pairs)
+        return limits
+
     def constants(self, program: Program) -> dict[int, tuple[float, ...]]:
         found = self.settings(program)
         weights, thresholds = found["weights"], found["thresholds"]
@@ -136,6 +171,19 @@ class MoDES(ExpertSkip, Searched):
         seen = classes == Modality.VISION
         # an expert that only just reaches the threshold stays
         return torch.where(seen, weights * vision_weight >= vision, weights * text_weight >= text)
+
+    def score(  # type: ignore[override]
+        self,
+        weights: Tensor,
+        classes: Tensor,
+        text_weight: float,
+        vision_weight: float,
+        text: float,
+        vision: float,
+    ) -> Tensor:
+        return torch.where(
+            classes == Modality.VISION, weights * vision_weight, weights * text_weight
+        )
 
     def variants(self, program: Program) -> list[Variant]:
         """The routed experts of one layer left out for text, then for vision; layer by layer."""

@@ -9,8 +9,10 @@ from torch import nn
 
 import vlmopt
 from vlmopt.errors import PreconditionError
-from vlmopt.lowering.onednn import packed, with_packed_weights
+from vlmopt.graph.compare import random_inputs
+from vlmopt.lowering.onednn import with_packed_weights
 from vlmopt.ops import packed as ops
+from vlmopt.ops.packed import packed
 
 pytestmark = pytest.mark.skipif(not ops.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -71,3 +73,18 @@ def test_other_types_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4)).double()
     with pytest.raises(PreconditionError, match="no linear layer here can run on packed weights"):
         vlmopt.optimize(model, (torch.ones(2, 4).double(),), "fold-constants", backend="onednn")
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "kimi_k25"])
+def test_experts_run_on_packed_weights(family: str) -> None:
+    model, inputs = zoo.build(family, layers=2), zoo.inputs(family, batch=2)
+    stage = vlmopt.capture(model, inputs)["language_model"]
+    gm = stage.graph_module
+    packed_gm = with_packed_weights(gm)
+    targets = [node.target for node in packed_gm.graph.nodes]
+    assert torch.ops.vlmopt.packed_grouped_mm.default in targets
+    assert torch.ops.vlmopt.grouped_mm.default not in targets
+    given = random_inputs(stage, 3)
+    with torch.no_grad():
+        for found, wanted in zip(packed_gm(*given), gm(*given), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ no code with the product.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 Rule = Callable[[int, list[float], str], Sequence[bool]]
 """``(layer, weights of a token's experts, class) -> which are computed``."""
 
+Score = Callable[[int, float, str], float]
+"""``(layer, weight, class) -> score`` that pairs are ranked by."""
+
 
 class ExpertOracle:
     """Runs ``model`` with the weights of some chosen experts set to zero.
@@ -23,10 +27,21 @@ class ExpertOracle:
     Args:
         visual, special: bool ``[batch, prompt]``.
         rule: for tokens of class ``text`` and ``vision``; special tokens keep all.
+        padding: bool likewise; only where pairs are limited does it matter what padding computes.
+        capacity: share of the pairs of a layer that are computed at most: those of special tokens,
+            then those of highest ``score``.
     """
 
     def __init__(
-        self, model: Any, visual: torch.Tensor, rule: Rule, special: torch.Tensor | None = None
+        self,
+        model: Any,
+        visual: torch.Tensor,
+        rule: Rule,
+        special: torch.Tensor | None = None,
+        *,
+        padding: torch.Tensor | None = None,
+        capacity: float = 1.0,
+        score: Score = lambda layer, weight, kind: weight,
     ) -> None:
         self.model = model
         model.set_experts_implementation("eager")
@@ -36,7 +51,12 @@ class ExpertOracle:
             ["vision" if v else "special" if s else "text" for v, s in zip(*row, strict=True)]
             for row in zip(visual.tolist(), special.tolist(), strict=True)
         ]
-        self.total = self.skipped = 0
+        if padding is not None:
+            for at, token in padding.nonzero().tolist():
+                self.classes[at][token] = "padding"
+        self.capacity = capacity
+        self.score = score
+        self.total = self.skipped = self.limited = 0
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -78,14 +98,32 @@ class ExpertOracle:
             rows, ids, weights = args
             flat = [kind for row in self.classes for kind in row]
             kinds = flat if len(flat) == len(rows) else ["text"] * len(rows)
-            mask = []
+            mask, scores = [], []
             for kind, own in zip(kinds, weights.tolist(), strict=True):
                 bare = [weight / scale for weight in own]
-                kept = [True] * len(own) if kind == "special" else self.rule(index, bare, kind)
-                mask.append(list(kept))
+                if kind in ("special", "padding"):
+                    mask.append([kind == "special"] * len(own))
+                    scores.append([math.inf] * len(own))
+                else:
+                    mask.append(list(self.rule(index, bare, kind)))
+                    scores.append([self.score(index, one, kind) for one in bare])
+            self._limit(mask, scores)
             kept_pairs = torch.tensor(mask)
             self.total += kept_pairs.numel()
             self.skipped += int((~kept_pairs).sum())
             return (rows, ids, weights * kept_pairs), kwargs
 
         return hook
+
+    def _limit(self, mask: list[list[bool]], scores: list[list[float]]) -> None:
+        """Strike out what exceeds the capacity, the least and last first."""
+        room = math.ceil(self.capacity * sum(map(len, mask)) - 1e-6)
+        ranked = sorted(
+            (-scores[token][place], token, place)
+            for token, kept in enumerate(mask)
+            for place, one in enumerate(kept)
+            if one
+        )
+        for _, token, place in ranked[room:]:
+            mask[token][place] = False
+            self.limited += 1

@@ -32,12 +32,14 @@ from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError
 from vlmopt.graph.compare import random_inputs
 from vlmopt.graph.stats import program_stats, stats_text
+from vlmopt.lowering.experts import without_skipped_rows
 from vlmopt.passes.experts import frontier
 from vlmopt.passes.experts.expert_topk import ExpertTopK
 from vlmopt.passes.experts.modes import MoDES
 from vlmopt.passes.experts.naee import Naee
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Modality
+from vlmopt.runtime.model import compile_stage
 
 FAMILIES = ["qwen3_vl_moe", "internvl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria", "kimi_k25"]
 SPECIAL = (1, 6, 7)
@@ -227,6 +229,9 @@ def test_flops_are_those_of_the_pairs_that_are_computed(captured: Any) -> None:
     after = stage_cost(program["language_model"])
     assert after.flops == cost.flops - routed_flops(before) // 2
     assert (cost.pairs, after.pairs) == (Pairs.ALL, Pairs.COUNTED)
+    program = captured[2].clone()
+    run_pipeline(program, "expert-topk{k=1 static}")  # half of the rows are not there
+    assert stage_cost(program["language_model"]).flops == after.flops
 
 
 @pytest.mark.parametrize("text", ["naee", "modes{text=0.1}", "expert-topk{k=1 special=1}"])
@@ -279,7 +284,8 @@ def test_the_run_time_rule_of_the_card() -> None:
 
 def test_fewer_experts_of_equal_weight_are_the_first() -> None:
     weights = torch.tensor([[0.2, 0.4, 0.2, 0.2]])
-    stays = ExpertTopK(k=2).stays(weights, torch.ones(1, 1, dtype=torch.int64))
+    text = torch.ones(1, 1, dtype=torch.int64)
+    stays = ExpertTopK().stays(weights, text, 2, 1)
     assert stays.tolist() == [[True, True, False, False]]
     assert Naee(beta=0.5).stays(weights, torch.ones(1, 1)).all()
 
@@ -370,3 +376,41 @@ def test_calibration(tmp_path: Path) -> None:
     for at, kind in enumerate(("text", "vision")):
         shares = 1 - pairs[:, at, 1] / pairs[:, at, 0]
         assert shares.tolist() == pytest.approx(values["skipped_by_layer"][kind], abs=1e-5)
+
+
+def test_compiled_rows_of_skipped_pairs_are_left_out() -> None:
+    """By Inductor the rows that are computed are all that there are; results are the same."""
+    model, inputs = build("qwen3_vl_moe"), zoo.inputs("qwen3_vl_moe", batch=2)
+    text = "modes{text=0.45 vision=0.55}"
+    eager = vlmopt.optimize(model, inputs, text, backend="eager")
+    fast = vlmopt.optimize(model, inputs, text, backend="inductor")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fast(**inputs).logits, eager(**inputs).logits, atol=1e-5, rtol=1e-5
+        )
+    stage = fast.vlmopt.program["language_model"].graph_module
+    left = without_skipped_rows(stage)
+    sizes = []
+
+    class Reader(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.target is GROUPED:
+                sizes.append((result.shape[0], n.meta["val"].shape[0]))
+            return result
+
+    with torch.no_grad():
+        Reader(left).run(*random_inputs(fast.vlmopt.program["language_model"], 3))
+    assert len(sizes) == 4  # two layers, two products each
+    assert all(computed < every for computed, every in sizes)
+
+
+@pytest.mark.parametrize("text", [1e-30, 2.0])
+def test_compiled_with_nothing_and_everything_skipped(captured: Any, text: float) -> None:
+    program = captured[2].clone()
+    run_pipeline(program, [MoDES(text=text, vision=text)])
+    stage = program["language_model"]
+    run = compile_stage(stage, "inductor")
+    with torch.no_grad():
+        for found, wanted in zip(run(*random_inputs(stage, 3)), prefill(program), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -37,7 +37,7 @@ _VIEWS = (
     aten.clone.default,
     aten.contiguous.default,
 )
-_CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
+CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 _SPREADS = (aten.scatter.src, aten.scatter.value)
 _LOOPS = (
     aten.nonzero.default,
@@ -95,7 +95,8 @@ class ExpertBlock:
             the router's ``scale``.
         ids_user, weights_user: what reads them on the way to the experts: there they can be
             replaced.
-        order: sorted ids, int64 ``[batch * tokens * k]``, where rows are sorted.
+        order, places: sorted ids and where each stood before, int64 ``[batch * tokens * k]``, where
+            rows are sorted.
         products: products with the weights of experts, in order.
         weighted: results of the experts times weights, one row per token and chosen expert.
     """
@@ -112,6 +113,7 @@ class ExpertBlock:
     ids_user: fx.Node
     weights_user: fx.Node
     order: fx.Node | None
+    places: fx.Node | None
     products: tuple[fx.Node, ...]
     weighted: fx.Node
 
@@ -165,7 +167,7 @@ def _logits(chosen: fx.Node) -> fx.Node | None:
 
 def _untransposed(values: Iterable[fx.Node]) -> Iterable[fx.Node]:
     for value in values:
-        if value.target in (aten.t.default, aten.transpose.int, *_CASTS):
+        if value.target in (aten.t.default, aten.transpose.int, *CASTS):
             yield cast("fx.Node", value.args[0])
         yield value
 
@@ -224,7 +226,7 @@ def _unscaled(weights: fx.Node, user: fx.Node) -> tuple[fx.Node, fx.Node, float]
     while len(weights.users) == 1:
         factor = weights.args[1] if len(weights.args) > 1 else None
         scaled = weights.target is aten.mul.Tensor and isinstance(factor, (int, float))
-        if not scaled and weights.target not in _CASTS:
+        if not scaled and weights.target not in CASTS:
             break
         user, weights = weights, cast("fx.Node", weights.args[0])
         if scaled:
@@ -261,7 +263,12 @@ def _block(chosen: fx.Node, logits: fx.Node, ids: fx.Node) -> ExpertBlock:
             hint="nothing can be skipped unless tokens are sent to their experts; choose another "
             "implementation of the experts before capturing, if the model has one",
         )
-    if any(user.target is aten.where.self for user in ids.users):
+    indexed = (
+        user.target is aten.index.Tensor and user.args[0] in flat
+        for view in flat
+        for user in view.users
+    )
+    if any(user.target is aten.where.self for user in ids.users) or any(indexed):
         raise ExpertMismatchError(
             "a pass has skipped some of these experts already",
             node=ids,
@@ -320,7 +327,7 @@ def _grouped(
         cast("fx.Node", rows.args[0]),
         (ids, flat),
         cast("fx.Node", weighing[0].args[0]),
-        order,
+        (order, places),
         products,
         weighted,
     )
@@ -331,7 +338,7 @@ def _ends(order: fx.Node, experts: int) -> fx.Node:
     counts = next(
         (
             node
-            for value in (order, *(user for user in order.users if user.target in _CASTS))
+            for value in (order, *(user for user in order.users if user.target in CASTS))
             for node in value.users
             if node.target is aten.histc.default
         ),
@@ -346,7 +353,7 @@ def _ends(order: fx.Node, experts: int) -> fx.Node:
         )
     for node in _computed_from(counts):
         if node.target is aten.cumsum.default:
-            cast_totals = [user for user in node.users if user.target in _CASTS]
+            cast_totals = [user for user in node.users if user.target in CASTS]
             return cast_totals[0] if cast_totals else node
     raise ExpertMismatchError("where the rows of each expert end is not summed up", node=counts)
 
@@ -365,7 +372,7 @@ def _batched(
     )
     # rows before they are repeated for each choice
     rows = each
-    while each.target in (aten.unsqueeze.default, aten.expand.default, *_VIEWS, *_CASTS):
+    while each.target in (aten.unsqueeze.default, aten.expand.default, *_VIEWS, *CASTS):
         each = cast("fx.Node", each.args[0])
         if _shape(each)[:-1] == _shape(ids)[:1]:
             rows = each
@@ -378,7 +385,7 @@ def _batched(
         rows,
         (ids, flat),
         weights,
-        None,
+        (None, None),
         products,
         weighted,
     )
@@ -391,7 +398,7 @@ def _weighing(product: fx.Node) -> tuple[fx.Node, fx.Node]:
         if node.target is not aten.mul.Tensor or len(_shape(node)) != 2:
             continue
         for value in node.all_input_nodes:
-            while value.target in (aten.unsqueeze.default, *_CASTS):
+            while value.target in (aten.unsqueeze.default, *CASTS):
                 value = cast("fx.Node", value.args[0])
             if value not in results and len(_shape(value)) == 1:
                 return node, value
@@ -403,7 +410,7 @@ def _weighted(weights: fx.Node, product: fx.Node) -> fx.Node:
     results = _computed_from(product)
     stretched = [weights]
     for value in stretched:
-        stretched += [u for u in value.users if u.target in (aten.unsqueeze.default, *_CASTS)]
+        stretched += [u for u in value.users if u.target in (aten.unsqueeze.default, *CASTS)]
     for node in results:
         if node.target is aten.mul.Tensor and any(v in stretched for v in node.all_input_nodes):
             return node
@@ -420,13 +427,13 @@ def _finished(
     rows: fx.Node,
     ids: tuple[fx.Node, fx.Node],
     flat: fx.Node,
-    order: fx.Node | None,
+    sort: tuple[fx.Node | None, fx.Node | None],
     products: tuple[fx.Node, ...],
     weighted: fx.Node,
 ) -> ExpertBlock:
     experts, k = counts
     user = flat
-    while user.target in (*_VIEWS, *_CASTS) and len(_shape(user.args[0])) == 1:
+    while user.target in (*_VIEWS, *CASTS) and len(_shape(user.args[0])) == 1:
         user = cast("fx.Node", user.args[0])
     if user.target not in _VIEWS or _shape(user.args[0]) != _shape(ids[0]):
         raise ExpertMismatchError("weights are not those of the chosen experts", node=flat)
@@ -451,7 +458,7 @@ def _finished(
         weights,
         ids[1],
         weights_user,
-        order,
+        *sort,
         products,
         weighted,
     )
@@ -485,7 +492,7 @@ def _result(node: fx.Node, index: int) -> fx.Node | None:
 
 def _is_stacked(value: Any, experts: int) -> bool:
     """Whether a value holds a matrix for each expert."""
-    while isinstance(value, fx.Node) and value.target in (aten.transpose.int, *_CASTS):
+    while isinstance(value, fx.Node) and value.target in (aten.transpose.int, *CASTS):
         value = value.args[0]
     return (
         isinstance(value, fx.Node)
@@ -496,6 +503,6 @@ def _is_stacked(value: Any, experts: int) -> bool:
 
 
 def _uncast(value: Any) -> fx.Node:
-    while value.target in _CASTS:
+    while value.target in CASTS:
         value = value.args[0]
     return cast("fx.Node", value)

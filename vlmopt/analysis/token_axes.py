@@ -935,6 +935,29 @@ def _index(rule: _Rule) -> Dims:
     return (*have[: positions[0]], *middle, *have[positions[-1] + 1 :])
 
 
+@_rule(torch.ops.vlmopt.computed_rows.default)
+def _computed_rows(rule: _Rule) -> Dims:
+    places = cast("fx.Node", rule.node.args[0])
+    numbered = rule.axes.numbers.get(places)
+    if numbered is not None:
+        rule.axes.numbers[rule.node] = numbered
+    return rule.dims(places)
+
+
+@_rule(torch.ops.vlmopt.restored_rows.default, torch.ops.vlmopt.summed_rows.default)
+def _restored_rows(rule: _Rule) -> Dims:
+    """Each row goes back to where it came from, or to the sum of its token."""
+    rows, back = cast("tuple[fx.Node, ...]", rule.node.args[:2])
+    have, (along,) = rule.dims(rows), rule.dims(back)
+    if has_tokens(have[0]) and rule.axes.numbers.get(back) != have[0]:
+        raise rule.refuse("reads tokens by position")
+    if rule.node.target is torch.ops.vlmopt.summed_rows.default:
+        if along[-1] != rule.node.args[3]:
+            raise rule.refuse("sums up rows of different tokens")
+        along = along[:-1]
+    return (along, *have[1:])
+
+
 @_rule(aten.slice_scatter.default, aten.select_scatter.default)
 def _scatter_part(rule: _Rule) -> Dims:
     base, part = rule.node.args[:2]

@@ -20,7 +20,10 @@ _own = torch.ops.vlmopt
 DECOMPOSITIONS: Mapping[Any, Callable[..., torch.Tensor]] = {
     _own.attention_rows.default: attention.attention_rows_reference,
     _own.attention_mass.default: attention.attention_mass_reference,
-    _own.grouped_mm.default: experts.grouped_mm_reference,
+    _own.computed_rows.default: lambda places, ends: places.clone(),
+    _own.restored_rows.default: experts.restored_rows_reference,
+    _own.summed_rows.default: experts.summed_rows_reference,
+    _own.grouped_mm.default: experts.grouped_mm_tiles,
     _own.farthest_point.default: selection.farthest_point_steps,
     _own.greedy_log_det.default: selection.greedy_log_det_steps,
     _own.facility_location.default: selection.facility_location_steps,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _mkldnn = torch.ops.mkldnn
 
@@ -18,8 +22,34 @@ def pack(weight: Tensor) -> Tensor:
 
     The result is opaque: it knows its shape, and only :func:`packed_linear` reads it.
     """
-    packed: Tensor = _mkldnn._reorder_linear_weight(weight.detach(), None)
-    return packed
+    result: Tensor = _mkldnn._reorder_linear_weight(weight.detach(), None)
+    return result
+
+
+Made = TypeVar("Made")
+
+_made = WeakTensorKeyDictionary()
+"""What was made of a weight, and its version then: stages share it, and it lives as long as the
+weight does."""
+
+
+def made_once(weight: Tensor, make: Callable[[Tensor], Made]) -> Made:
+    """``make(weight)``, kept until the weight changes."""
+    found = _made.get(weight)
+    if found is None or found[0] != weight._version:
+        found = _made[weight] = (weight._version, make(weight))
+    return cast("Made", found[1])
+
+
+def packed(weight: Tensor) -> Tensor:
+    """What :func:`pack` makes of a weight, once."""
+    return made_once(weight, pack)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` by oneDNN, whatever the library that PyTorch prefers."""
+    result: Tensor = _mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return result
 
 
 @torch.library.custom_op("vlmopt::packed_linear", mutates_args=())
@@ -31,8 +61,7 @@ def packed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: of :func:`pack`, same dtype.
         bias: ``[out features]``.
     """
-    result: Tensor = _mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return result
+    return linear(rows, weight, bias)
 
 
 @packed_linear.register_fake

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
-from vlmopt.analysis.experts import Dispatch, ExpertBlock
+from vlmopt.analysis.experts import CASTS, GROUPED_PRODUCTS, Dispatch, ExpertBlock
 from vlmopt.errors import ExpertMismatchError
 from vlmopt.graph.reach import is_weight, reached, sources
 from vlmopt.pipeline.passes import PassContext
@@ -19,6 +19,11 @@ from vlmopt.program import Stage
 from vlmopt.rewrite.emit import Emitter
 
 aten = torch.ops.aten
+
+_OPS = torch.ops.vlmopt
+_COPIES = (aten.alias.default, aten.clone.default, aten.contiguous.default)
+_PIECES = (aten.split.Tensor, aten.chunk.default, aten.slice.Tensor, aten.unsqueeze.default)
+_LOOKS_UP = (aten.index.Tensor, aten.floor_divide.default, *GROUPED_PRODUCTS)
 
 Stays = Callable[..., Tensor]
 """``(weights, ids, *values) -> bool [tokens, k]``: the pairs that are computed."""
@@ -69,19 +74,7 @@ def skip_pairs(
         ids, weights, kept = emit.trace(skipped, *given, names=("ids", "weights", "kept"))
     block.ids_user.replace_input_with(block.ids, ids)
     block.weights_user.replace_input_with(block.weights, weights)
-    assert block.order is not None, "rows are sorted"
-    _keep_in_bounds(emit, block, block.order)
-    # what the kernel leaves in rows that it does not compute is no number: 0 * NaN is NaN
-    later = list(block.weighted.users)
-    with graph.inserting_after(block.weighted):
-        end = graph.call_function(aten.alias.default, (block.weighted,))
-    with graph.inserting_before(end):
-        computed = emit.trace(
-            _computed_rows, block.weighted, block.order, block.experts, names=("computed",)
-        )
-    graph.erase_node(end)
-    for user in later:
-        user.replace_input_with(block.weighted, computed)
+    _leave_rows_out(emit, block)
     return cast("fx.Node", kept)
 
 
@@ -102,7 +95,7 @@ def bypass_experts(
         normed_input: their result is what the experts read, and not zero.
     """
     graph = stage.graph
-    result = _summed(block)
+    result = summed(block)
     users = list(result.users)
     with graph.inserting_after(result):
         end = graph.call_function(aten.alias.default, (result,))
@@ -120,7 +113,7 @@ def bypass_experts(
         user.replace_input_with(result, bypassed)
 
 
-def _summed(block: ExpertBlock) -> fx.Node:
+def summed(block: ExpertBlock) -> fx.Node:
     """The sum over the experts of each token, ``[tokens, width]``."""
     below = reached([block.weighted], lambda node: () if _sums(node) else node.users)
     for node in sorted(below):
@@ -133,18 +126,61 @@ def _sums(node: fx.Node) -> bool:
     return node.target is aten.sum.dim_IntList
 
 
-def _computed_rows(rows: Tensor, order: Tensor, experts: int) -> Tensor:
-    return torch.where((order < experts)[:, None], rows, torch.zeros_like(rows))
+def _leave_rows_out(emit: Emitter, block: ExpertBlock) -> None:
+    """Mark which of the sorted rows are computed, and put none of the others back."""
+    graph, order, places = emit.graph, block.order, block.places
+    assert order is not None, "rows are sorted"
+    assert places is not None, "rows are sorted"
+    ends = cast("fx.Node", block.products[0].args[2])
+    start = max(order, places)
+    counted = reached([ends], lambda node: [one for one in sources(node) if one > order])
+    for node in sorted(counted, reverse=True):
+        start.append(node)  # rows are known as soon as they are counted
+    with graph.inserting_after(ends):
+        computed = emit.call(_OPS.computed_rows.default, places, ends, name="computed")
+    for user in [user for user in places.users if _enters(user, places)]:
+        user.replace_input_with(places, computed)
+    # what is looked up by expert, such as a bias
+    for user in [user for user in order.users if user.target is aten.index.Tensor]:
+        with graph.inserting_before(user):
+            expert = emit.call(aten.index.Tensor, block.ids_user, [computed])
+            inside = emit.call(aten.clamp.default, expert, None, block.experts - 1, name="inside")
+        user.replace_input_with(order, inside)
+    on_rows = reached([computed], lambda node: () if node is block.weighted else node.users)
+    for node in sorted(on_rows - {computed}):
+        if node.target not in _LOOKS_UP and not works_by_row(node):
+            raise ExpertMismatchError("not all of an expert works row by row", node=node)
+    for user in list(block.weighted.users):
+        if user.target is not aten.index.Tensor or len(cast("Any", user.args[1])) != 1:
+            raise ExpertMismatchError(
+                "the results of experts are not put back in the order of tokens", node=user
+            )
+        given = block.weighted, cast("Any", user.args[1])[0], ends
+        total = _sum_of(user, block.k)
+        with graph.inserting_before(user):
+            if total is None:
+                found = emit.call(_OPS.restored_rows.default, *given, name="restored")
+            else:
+                found = emit.call(_OPS.summed_rows.default, *given, block.k, name="summed")
+        (total or user).replace_all_uses_with(found)
 
 
-def _keep_in_bounds(emit: Emitter, block: ExpertBlock, order: fx.Node) -> None:
-    """What is looked up by expert, such as a bias, is looked up for skipped pairs too."""
-    looked_up = [user for user in order.users if user.target is aten.index.Tensor]
-    if looked_up:
-        with emit.graph.inserting_after(order):
-            inside = emit.call(aten.clamp.default, order, None, block.experts - 1, name="inside")
-        for user in looked_up:
-            user.replace_input_with(order, inside)
+def _sum_of(restored: fx.Node, k: int) -> fx.Node | None:
+    """The sum over the rows of each token, if that is all that is done with them."""
+    users = list(restored.users)
+    if len(users) != 1 or users[0].target is not aten.view.default:
+        return None
+    rows, width = restored.meta["val"].shape
+    total = next(iter(users[0].users))
+    if list(users[0].meta["val"].shape) != [rows // k, k, width] or len(users[0].users) != 1:
+        return None
+    return total if total.target is aten.sum.dim_IntList and total.args[1:] == ([1],) else None
+
+
+def _enters(user: fx.Node, places: fx.Node) -> bool:
+    """Whether sorted rows are read by their places, and not where each row goes."""
+    by_place = user.target is aten.index.Tensor and places in cast("Any", user.args[1])
+    return by_place or user.target is aten.floor_divide.default
 
 
 def sort_rows(
@@ -162,7 +198,7 @@ def sort_rows(
     first, last = block.products
     emit = Emitter.of_pass(ctx, stage, first, prefix, match)
     between = _between(block)
-    result = _squeezed(last)
+    result = squeezed(last)
     with graph.inserting_before(result.next):
         flat = emit.call(aten.view.default, block.ids, [-1], name="expert_of_row")
         ordered = emit.call(aten.sort.default, flat)
@@ -172,8 +208,8 @@ def sort_rows(
         rows = emit.call(aten.index.Tensor, block.rows, [token], name="rows")
         ends = emit.trace(_ends, order, block.experts, names=("ends",))
         known: dict[fx.Node, fx.Node] = {}
-        known[_squeezed(first)] = emit.call(
-            torch.ops.vlmopt.grouped_mm.default, rows, _matrices(emit, first), ends
+        known[squeezed(first)] = emit.call(
+            _OPS.grouped_mm.default, rows, matrices(emit, first), ends
         )
         for node in between:
             given = [known.get(value, value) for value in node.all_input_nodes]
@@ -183,10 +219,8 @@ def sort_rows(
                 args = (node.args[0], [order])
             kwargs: Any = node.kwargs
             known[node] = emit.call(node.target, *args, **kwargs)
-        entering = known[_operand(last)]
-        product = emit.call(
-            torch.ops.vlmopt.grouped_mm.default, entering, _matrices(emit, last), ends
-        )
+        entering = known[operand(last)]
+        product = emit.call(_OPS.grouped_mm.default, entering, matrices(emit, last), ends)
         nowhere = emit.call(aten.empty_like.default, places)
         numbers = emit.call(aten.arange.default, places.meta["val"].shape[0])
         back = emit.call(aten.index_put.default, nowhere, [places], numbers, name="back")
@@ -198,7 +232,8 @@ def sort_rows(
         dispatch=Dispatch.GROUPED,
         ids_user=flat,
         order=order,
-        products=(known[_squeezed(first)], product),
+        places=places,
+        products=(known[squeezed(first)], product),
         weighted=product,
     )
 
@@ -208,7 +243,7 @@ def _ends(order: Tensor, experts: int) -> Tensor:
     return torch.cumsum(counts, dim=0, dtype=torch.int32)
 
 
-def _squeezed(product: fx.Node) -> fx.Node:
+def squeezed(product: fx.Node) -> fx.Node:
     """Rows of a product of one-row matrices."""
     user = next(iter(product.users))
     if len(product.users) != 1 or user.target not in (aten.squeeze.dim, aten.squeeze.dims):
@@ -221,7 +256,7 @@ def _side(product: fx.Node) -> int:
     return 0 if cast("fx.Node", product.args[0]).target is aten.index.Tensor else 1
 
 
-def _operand(product: fx.Node) -> fx.Node:
+def operand(product: fx.Node) -> fx.Node:
     """The rows that a product takes."""
     value = cast("fx.Node", product.args[1 - _side(product)])
     if value.target is not aten.unsqueeze.default:
@@ -229,7 +264,7 @@ def _operand(product: fx.Node) -> fx.Node:
     return cast("fx.Node", value.args[0])
 
 
-def _matrices(emit: Emitter, product: fx.Node) -> fx.Node:
+def matrices(emit: Emitter, product: fx.Node) -> fx.Node:
     """The weights of all experts, ``[experts, width, result width]``."""
     side = _side(product)
     stacked = cast("fx.Node", cast("fx.Node", product.args[side]).args[0])
@@ -243,24 +278,29 @@ def _looks_up_expert(node: fx.Node) -> bool:
 def _between(block: ExpertBlock) -> list[fx.Node]:
     """What happens to each row between the two products."""
     first, last = block.products
-    start = _squeezed(first)
+    start = squeezed(first)
 
     def inside(node: fx.Node) -> Any:
         return () if node is start or _looks_up_expert(node) else sources(node)
 
-    found = [node for node in sorted(reached([_operand(last)], inside)) if node is not start]
+    found = [node for node in sorted(reached([operand(last)], inside)) if node is not start]
     computed = {start}
     for node in found:
         if is_weight(node) or _looks_up_expert(node):
             continue
-        tags = getattr(node.target, "tags", ())
-        by_row = torch.Tag.pointwise in tags or node.target in (
-            operator.getitem,
-            aten.split.Tensor,
-            aten.chunk.default,
-            aten.slice.Tensor,
-        )
-        if not by_row or not computed & set(node.all_input_nodes):
+        if not works_by_row(node) or not computed & set(node.all_input_nodes):
             raise ExpertMismatchError("not all of an expert works row by row", node=node)
         computed.add(node)
     return [node for node in found if node in computed or _looks_up_expert(node)]
+
+
+def works_by_row(node: fx.Node) -> bool:
+    """Whether each row of the result, and of each part of it, is made of that row alone."""
+    if node.target in (operator.getitem, *CASTS, *_COPIES):
+        return True
+    if node.target in _PIECES:
+        at = 2 if node.target in (aten.split.Tensor, aten.chunk.default) else 1
+        dim: Any = node.args[at] if len(node.args) > at else node.kwargs.get("dim", 0)
+        rank = cast("fx.Node", node.args[0]).meta["val"].ndim
+        return bool(dim % (rank + (node.target is aten.unsqueeze.default)) != 0)
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())

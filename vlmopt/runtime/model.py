@@ -24,6 +24,11 @@ from transformers import Cache
 from vlmopt import families
 from vlmopt.encoding import named_tensors
 from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.lowering.experts import (
+    has_skipped_rows,
+    with_shapes_of_data,
+    without_skipped_rows,
+)
 from vlmopt.lowering.onednn import with_packed_weights
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
@@ -96,7 +101,11 @@ def compile_stage(stage: Stage, backend: str) -> Callable[..., tuple[torch.Tenso
     if backend == "eager":
         return stage.graph_module
     gm = with_packed_weights(stage.graph_module) if backend == "onednn" else stage.graph_module
-    return torch.compile(gm, dynamic=stage.name == "decode")
+    skips = has_skipped_rows(gm)
+    compiled = torch.compile(
+        without_skipped_rows(gm) if skips else gm, dynamic=stage.name == "decode"
+    )
+    return with_shapes_of_data(compiled) if skips else compiled
 
 
 @dataclass(frozen=True)
