@@ -78,6 +78,10 @@ class ExpertSkip(Pass):
         """What :meth:`stays` gets in each layer, by number of the layer."""
         return {}
 
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        """The shares of pairs that go, of text and of vision, by layer, and how they are known."""
+        return Pairs.AT_MOST, {}
+
     def score(self, weights: Tensor, classes: Tensor, *constants: float) -> Tensor:
         """What pairs are ranked by where not all that stay can be computed; a pure function.
 
@@ -123,10 +127,6 @@ class ExpertSkip(Pass):
         # special tokens give way to none
         first = torch.where(classes == SPECIAL, torch.full_like(score, float("inf")), score)
         return best_pairs(first, self._stays(weights, ids, *given, constants=constants), count)
-
-    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
-        """The shares of pairs that go, of text and of vision, by layer, and how they are known."""
-        return Pairs.AT_MOST, {}
 
     def is_neutral(self, program: Program) -> bool:
         """Whether these options keep all pairs of all tokens."""
@@ -189,11 +189,12 @@ class ExpertSkip(Pass):
                     with stage.graph.inserting_before(end):
                         counts.append(emit.trace(_count, kept, present, names=("pairs",)))
                     stage.graph.erase_node(end)
-            counted = [b.layer for b in experts.blocks if (stage.name, b.layer) not in limits]
-            if counted:
+            # where their number is fixed, rows are no more than the pairs that are computed
+            free = [b.layer for b in experts.blocks if (stage.name, b.layer) not in limits]
+            if free:
                 stage.facts["skipped_pairs"] = {
                     "known": str(known),
-                    "layers": {str(at): list(shares.get(at, (0.0, 0.0))) for at in counted},
+                    "layers": {str(layer): list(shares.get(layer, (0.0, 0.0))) for layer in free},
                 }
             if counts:
                 _report(stage, counts, ctx, self.name)

@@ -85,6 +85,17 @@ class ExpertTopK(ExpertSkip):
         kept = self.constants(program)
         return all(block.k <= min(kept[block.layer]) for _, block in blocks_of(program))
 
+    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
+        if self.special:  # how many tokens keep all of theirs depends on the prompt
+            return super().skipped_shares(program)
+        kept = self.constants(program)
+        k = {block.layer: block.k for _, block in blocks_of(program)}
+        shares = {
+            layer: (max(0.0, 1 - text / k[layer]), max(0.0, 1 - vision / k[layer]))
+            for layer, (text, vision) in kept.items()
+        }
+        return Pairs.COUNTED, shares
+
     def pair_limits(self, program: Program) -> Mapping[tuple[str, int], int]:
         if not self.static or self.is_neutral(program):
             return super().pair_limits(program)
@@ -109,15 +120,6 @@ class ExpertTopK(ExpertSkip):
             return super().select(weights, ids, *given, constants=constants, count=count)
         stays = self._stays(weights, ids, *given, constants=constants)
         return best_of_each(weights, stays, count // weights.shape[0])
-
-    def skipped_shares(self, program: Program) -> tuple[Pairs, Mapping[int, tuple[float, float]]]:
-        if self.special:  # how many tokens keep all of theirs depends on the prompt
-            return super().skipped_shares(program)
-        chosen = {block.layer: block.k for _, block in blocks_of(program)}
-        return Pairs.COUNTED, {
-            layer: (max(0.0, 1 - text / chosen[layer]), max(0.0, 1 - vision / chosen[layer]))
-            for layer, (text, vision) in self.constants(program).items()
-        }
 
 
 def rank_of_weights(weights: Tensor) -> Tensor:

@@ -80,9 +80,7 @@ def test_thresholds_of_experts(
     assert len((folder / "modes.json.partial").read_text().splitlines()) == 2
     assert len((folder / "modes.json.trials.partial").read_text().splitlines()) == 2
     assert not (folder / "modes.json").exists()
-    assert main([*command, "-p", "modes{rho=0.2 grid=3 linear=true}"]) == 4
-    assert "another calibration" in capsys.readouterr().err
-
+    capsys.readouterr()
     assert main(command) == 0
     printed = capsys.readouterr()
     values = json.loads((folder / "modes.json").read_text())

@@ -229,6 +229,9 @@ def test_flops_are_those_of_the_pairs_that_are_computed(captured: Any) -> None:
     after = stage_cost(program["language_model"])
     assert after.flops == cost.flops - routed_flops(before) // 2
     assert (cost.pairs, after.pairs) == (Pairs.ALL, Pairs.COUNTED)
+    program = captured[2].clone()
+    run_pipeline(program, "expert-topk{k=1 static}")  # half of the rows are not there
+    assert stage_cost(program["language_model"]).flops == after.flops
 
 
 @pytest.mark.parametrize("text", ["naee", "modes{text=0.1}", "expert-topk{k=1 special=1}"])
