@@ -1,9 +1,11 @@
-"""Trains the small vision-language model that is bundled with vlmopt.
+"""Trains the small vision-language models that are bundled with vlmopt.
 
-The model is a ``LlavaForConditionalGeneration``: a CLIP vision tower, a two-layer projector and a
+A model is a ``LlavaForConditionalGeneration``: a CLIP vision tower, a two-layer projector and a
 Llama decoder. It answers questions about scenes of handwritten digits (see ``vlmopt.digits``). The
 digits are those of scikit-learn; one fifth of the images is held out, and the finished model is
-measured on scenes made of these alone, by greedy generation from prompts the processor built.
+measured on scenes made of these alone, by greedy generation from prompts the processor built. With
+``--experts`` the decoder is a Mixtral, and training begins with the weights of the bundled dense
+model. The cards of the bundled models name the commands that made them.
 
 Example:
 
@@ -816,11 +818,12 @@ def model_card(
             "intensity 0..16)\nand their digits (`labels`, uint8 [N])."
         )
     alone = (
-        "The vision tower and projector\n"
+        " The vision tower and projector\n"
         f"  are first trained on these alone for {options.vision_steps} steps."
         if options.vision_steps
         else ""
     )
+    threads = f"{options.threads} CPU thread{'' if options.threads == 1 else 's'}"
     stored = "bfloat16" if options.store_bfloat16 else "float32"
     return f"""---
 license: other
@@ -878,8 +881,8 @@ The draw is `vlmopt.digits.heldout_samples({overall.total}, seed={options.eval_s
   {options.lr:g}, cosine decay, {outcome.steps} steps of {options.batch} scenes with
   {sum(QUESTIONS_PER_SCENE.values())} questions each, {precision}.
 - Auxiliary losses, training only: each projected visual token names the digit, the row and the
-  column of its cell, and the class token tells which digits occur. {alone}
-- Cost: {outcome.minutes:.0f} minutes on {options.threads} CPU threads; seed {options.seed}; \
+  column of its cell, and the class token tells which digits occur.{alone}
+- Cost: {outcome.minutes:.0f} minutes on {threads}; seed {options.seed}; \
 torch {torch.__version__}, transformers {transformers.__version__}.
 
 ```

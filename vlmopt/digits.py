@@ -367,11 +367,9 @@ def calibration_samples(processor: Any, number: int = 64, *, size: int = 1) -> l
     Args:
         processor: the model's processor.
         number: of prompts.
-        size: prompts to a sample; those that ask one kind of question, which are equally long,
-            come together.
+        size: prompts to a sample, padded on the left to one length.
     """
-    drawn = sorted(heldout_samples(number, seed=1), key=lambda one: KINDS.index(one[1].kind))
-    drawn = drawn if size > 1 else heldout_samples(number, seed=1)
+    drawn = heldout_samples(number, seed=1)
     samples = []
     for start in range(0, number, size):
         scenes, questions = zip(*drawn[start : start + size], strict=True)

@@ -52,6 +52,12 @@ class MoDES(ExpertSkip, Searched):
     )
     grid: int = option(100, "for calibration: thresholds to try of each modality", ge=2)
     linear: bool = option(False, "for calibration: thresholds spread evenly")
+    stretch: float = option(
+        1.0,
+        "for calibration: factor of the thresholds to try; more than 1 for models of few layers, "
+        "whose weights are larger",
+        gt=0,
+    )
     bypass: str = option(
         "normed_input",
         "for calibration: what takes the place of a layer's experts, as in published weights, or "
@@ -147,7 +153,7 @@ class MoDES(ExpertSkip, Searched):
         }
         ends = {"text": frontier.TEXT_END, "vision": frontier.VISION_END}
         grids = {
-            kind: frontier.threshold_grid(self.grid, end, linear=self.linear)
+            kind: frontier.threshold_grid(self.grid, end, linear=self.linear, stretch=self.stretch)
             for kind, end in ends.items()
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,7 +91,7 @@ class Counting:
 
 
 class Skipping:
-    """Methods that skip experts, each brought to the same share of pairs.
+    """Methods that skip experts.
 
     Settings are found on the calibration samples, right answers and shares are measured on the
     questions.
@@ -99,14 +99,20 @@ class Skipping:
     Args:
         exam: questions for the model.
         prompts: to calibrate on.
-        grid: thresholds of each modality that the search of ``modes`` may try.
+        calibration: options of ``modes`` for its calibration.
+
+    Attributes:
+        steps: of the search for a setting by halving.
     """
 
-    def __init__(self, exam: Exam, prompts: int = 64, grid: int = 100) -> None:
+    steps = 9
+
+    def __init__(self, exam: Exam, prompts: int, **calibration: Any) -> None:
         self.exam = exam
-        self.samples = digits.calibration_samples(exam.processor, prompts, size=16)
+        # in one batch: a rewriting for each length of prompt is what takes time
+        self.samples = digits.calibration_samples(exam.processor, prompts, size=prompts)
         self.special = tuple(exam.processor.tokenizer.all_special_ids)
-        self.grid = grid
+        self.calibration = calibration
 
     def fewer(self, k: int) -> Score:
         """The best ``k`` experts of each token."""
@@ -116,23 +122,28 @@ class Skipping:
         """With weights and thresholds that are calibrated for a share."""
         with TemporaryDirectory(prefix="vlmopt-") as folder:
             path = Path(folder, "modes.json")
-            one = MoDES(rho=share, grid=self.grid, special=self.special)
+            one = MoDES(rho=share, special=self.special, **self.calibration)
             found = calibrate(self.exam.model, self.samples, one, path)["thresholds"]
             setting = f"text={found['text']:.3g} vision={found['vision']:.3g}"
             return self._score(self._pass(MoDES, artifact=str(path)), setting, share)
 
-    def naee(self, share: float) -> Score:
-        """With the threshold that comes nearest to a share."""
+    def naee(self, share: float, wanted: float) -> Score:
+        """With a threshold for ``share``, where ``wanted`` was asked for."""
+        return self._brought(Naee, "beta", share, wanted)
 
-        def skipped(beta: float) -> float:
-            return self._counting(self._pass(Naee, beta=beta)).read(self.samples).skipped
+    def random(self, share: float, wanted: float) -> Score:
+        """Whatever comes, for ``share`` where ``wanted`` was asked for."""
+        return self._brought(RandomSkip, "share", share, wanted)
 
-        beta = nearest(skipped, share)
-        return self._score(self._pass(Naee, beta=beta), f"beta={beta:.3g}", share)
+    def _brought(self, method: type[ExpertSkip], name: str, share: float, wanted: float) -> Score:
+        """With the value of an option, between 0 and 1, that comes nearest to a share."""
 
-    def random(self, share: float) -> Score:
-        """Whatever comes."""
-        return self._score(self._pass(RandomSkip, share=share), "", share)
+        def skipped(value: float) -> float:
+            one = self._pass(method, **{name: value})
+            return self._counting(one).read(self.samples).skipped
+
+        value = nearest(skipped, share, self.steps)
+        return self._score(self._pass(method, **{name: value}), f"{name}={value:.3g}", wanted)
 
     def _pass(self, method: type[ExpertSkip], **options: Any) -> ExpertSkip:
         return method(special=self.special, count=True, **options)
@@ -153,7 +164,7 @@ class Skipping:
         )
 
 
-def nearest(measure: Callable[[float], float], wanted: float, steps: int = 10) -> float:
+def nearest(measure: Callable[[float], float], wanted: float, steps: int) -> float:
     """Where between 0 and 1 a function that grows comes nearest to a value, by halving.
 
     Args:
@@ -180,20 +191,26 @@ def run(
     ks: Sequence[int],
     progress: Callable[[Score], None] = lambda score: None,
 ) -> list[Score]:
-    """All methods at all shares; ``modes`` not where its calibration finds that it cannot.
+    """All methods, brought to the shares that ``modes`` arrives at.
 
     Args:
-        shares: of the pairs, to skip.
+        shares: of the pairs, that ``modes`` is to skip at least.
         ks: experts of each token, for the method that can be asked for nothing else.
     """
+
+    def made() -> Iterator[Score]:
+        for share in shares:
+            first = skipping.modes(share)
+            yield first
+            yield skipping.naee(first.skipped, share)
+            yield skipping.random(first.skipped, share)
+        for k in ks:
+            yield skipping.fewer(k)
+
     scores = []
-    tasks = [
-        *((method, share) for share in shares for method in ("modes", "naee", "random")),
-        *(("fewer", k) for k in ks),
-    ]
-    for method, value in tasks:
-        scores.append(getattr(skipping, method)(value))
-        progress(scores[-1])
+    for score in made():
+        scores.append(score)
+        progress(score)
     return scores
 
 
