@@ -1,4 +1,4 @@
-"""Quality of skipping experts, on two layers of the bundled model that has them."""
+"""Quality of skipping experts, on the first layer of the bundled model that has them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from vlmopt.bench.quality import Exam
 def methods() -> skipping.Skipping:
     exam = Exam(6, model=skipping.MODEL)
     decoder = exam.model.get_decoder()
-    decoder.layers = decoder.layers[:2]
-    decoder.config.num_hidden_layers = 2
-    made = skipping.Skipping(exam, 6, grid=3, stretch=40.0)
-    made.steps = 5
-    return made
+    decoder.layers = decoder.layers[:1]
+    decoder.config.num_hidden_layers = 1
+    return skipping.Skipping(exam, 6, grid=3, stretch=40.0)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +31,9 @@ def test_methods_are_brought_to_one_share(scores: list[skipping.Score]) -> None:
     assert [score.wanted for score in scores] == [0.5, 0.5, 0.5, None]
     modes, naee, random, fewer = (score.skipped for score in scores)
     assert modes >= 0.49  # at least one half on the prompts that it was calibrated on
-    assert abs(random - modes) < 0.05
+    assert abs(random - modes) < 0.03
     # the best expert always stays, and there are four
-    assert abs(naee - min(modes, 0.75)) < 0.05
+    assert abs(naee - min(modes, 0.75)) < 0.03
     # the first token is special, and keeps its experts
     assert fewer == pytest.approx(0.5 * _not_special(), abs=1e-9)
     assert all(score.asked == 6 for score in scores)
@@ -59,7 +57,8 @@ def test_results_as_text(scores: list[skipping.Score]) -> None:
 
 
 def test_the_nearest_setting() -> None:
-    assert skipping.nearest(lambda x: x, 0.3, 10) == pytest.approx(0.3, abs=1e-3)
-    assert skipping.nearest(lambda x: x / 2, 0.9, 10) == 1.0
+    assert skipping.nearest(lambda x: x, 0.3) == pytest.approx(0.3, abs=3e-3)
+    assert skipping.nearest(lambda x: x, 0.3, within=0) == pytest.approx(0.3, abs=1e-3)
+    assert skipping.nearest(lambda x: x / 2, 0.9) == 1.0
     # a step: of equally near ones, the smaller
-    assert skipping.nearest(lambda x: float(x >= 0.5), 1.0, 10) == 0.5
+    assert skipping.nearest(lambda x: float(x >= 0.5), 1.0) == 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,12 +14,13 @@ from torch import Tensor
 from vlmopt import digits
 from vlmopt.bench.chart import chart
 from vlmopt.bench.quality import Answers, Exam
-from vlmopt.calibration import calibrate
+from vlmopt.calibration import Run, calibrate
 from vlmopt.passes.experts.base import PAIRS, ExpertSkip
 from vlmopt.passes.experts.expert_topk import ExpertTopK
 from vlmopt.passes.experts.modes import MoDES
 from vlmopt.passes.experts.naee import Naee
 from vlmopt.pipeline.options import option
+from vlmopt.program import Program
 
 MODEL = "digits-moe"
 REFERENCE = "random"
@@ -36,6 +37,19 @@ class RandomSkip(ExpertSkip):
     def stays(self, weights: Tensor, classes: Tensor) -> Tensor:  # type: ignore[override]
         # late digits of a weight are as good as random, and the same in every run
         return torch.frac(weights * 9973.0) >= self.share
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyShares(MoDES):
+    """Calibrates ``modes`` for several shares at once: what is tried for one serves all."""
+
+    shares: tuple[float, ...] = option((), "of the pairs, to skip")
+
+    def search(self, program: Program, rows: Tensor, run: Run) -> dict[str, Any]:
+        return {
+            str(share): MoDES.search(replace(self, rho=share), program, rows, run)
+            for share in self.shares
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +114,7 @@ class Skipping:
         exam: questions for the model.
         prompts: to calibrate on.
         calibration: options of ``modes`` for its calibration.
-
-    Attributes:
-        steps: of the search for a setting by halving.
     """
-
-    steps = 9
 
     def __init__(self, exam: Exam, prompts: int, **calibration: Any) -> None:
         self.exam = exam
@@ -116,37 +125,40 @@ class Skipping:
 
     def fewer(self, k: int) -> Score:
         """The best ``k`` experts of each token."""
-        return self._score(self._pass(ExpertTopK, k=k), f"k={k}", None)
+        return self._score(ExpertTopK(k=k, special=self.special, count=True), f"k={k}", None)
 
-    def modes(self, share: float) -> Score:
-        """With weights and thresholds that are calibrated for a share."""
+    def modes(self, shares: Sequence[float]) -> Iterator[Score]:
+        """With the weights and thresholds of calibrations for these shares."""
+        one = ManyShares(shares=tuple(shares), special=self.special, **self.calibration)
         with TemporaryDirectory(prefix="vlmopt-") as folder:
-            path = Path(folder, "modes.json")
-            one = MoDES(rho=share, special=self.special, **self.calibration)
-            found = calibrate(self.exam.model, self.samples, one, path)["thresholds"]
-            setting = f"text={found['text']:.3g} vision={found['vision']:.3g}"
-            return self._score(self._pass(MoDES, artifact=str(path)), setting, share)
+            found = calibrate(self.exam.model, self.samples, one, Path(folder, "modes.json"))
+        for share in shares:
+            thresholds, weights = found[str(share)]["thresholds"], found[str(share)]["weights"]
+            calibrated = MoDES(
+                **thresholds,
+                text_weights=tuple(weights["text"]),
+                vision_weights=tuple(weights["vision"]),
+                special=self.special,
+                count=True,
+            )
+            setting = " ".join(f"{kind}={value:.3g}" for kind, value in thresholds.items())
+            yield self._score(calibrated, setting, share)
 
     def naee(self, share: float, wanted: float) -> Score:
         """With a threshold for ``share``, where ``wanted`` was asked for."""
-        return self._brought(Naee, "beta", share, wanted)
+
+        def made(beta: float) -> Naee:
+            return Naee(beta=beta, special=self.special, count=True)
+
+        def skipped(beta: float) -> float:
+            return self._counting(made(beta)).read(self.samples).skipped
+
+        beta = nearest(skipped, share)
+        return self._score(made(beta), f"beta={beta:.3g}", wanted)
 
     def random(self, share: float, wanted: float) -> Score:
         """Whatever comes, for ``share`` where ``wanted`` was asked for."""
-        return self._brought(RandomSkip, "share", share, wanted)
-
-    def _brought(self, method: type[ExpertSkip], name: str, share: float, wanted: float) -> Score:
-        """With the value of an option, between 0 and 1, that comes nearest to a share."""
-
-        def skipped(value: float) -> float:
-            one = self._pass(method, **{name: value})
-            return self._counting(one).read(self.samples).skipped
-
-        value = nearest(skipped, share, self.steps)
-        return self._score(self._pass(method, **{name: value}), f"{name}={value:.3g}", wanted)
-
-    def _pass(self, method: type[ExpertSkip], **options: Any) -> ExpertSkip:
-        return method(special=self.special, count=True, **options)
+        return self._score(RandomSkip(share=share, count=True), "", wanted)
 
     def _counting(self, one: ExpertSkip) -> Counting:
         return Counting(self.exam.rewritten([one]))
@@ -164,20 +176,23 @@ class Skipping:
         )
 
 
-def nearest(measure: Callable[[float], float], wanted: float, steps: int) -> float:
+def nearest(
+    measure: Callable[[float], float], wanted: float, *, within: float = 0.003, steps: int = 10
+) -> float:
     """Where between 0 and 1 a function that grows comes nearest to a value, by halving.
 
     Args:
         measure: does not fall.
-        steps: times that the interval is halved.
+        within: near enough to stop.
+        steps: times that the interval is halved at most.
     """
     low, high = 0.0, 1.0
     seen = {high: measure(high)}
-    for _ in range(steps):
-        if seen[high] < wanted:
-            break
+    while seen[high] >= wanted and len(seen) <= steps:
         middle = (low + high) / 2
         seen[middle] = measure(middle)
+        if abs(seen[middle] - wanted) <= within:
+            return middle
         if seen[middle] < wanted:
             low = middle
         else:
@@ -199,8 +214,7 @@ def run(
     """
 
     def made() -> Iterator[Score]:
-        for share in shares:
-            first = skipping.modes(share)
+        for share, first in zip(shares, skipping.modes(shares), strict=True):
             yield first
             yield skipping.naee(first.skipped, share)
             yield skipping.random(first.skipped, share)
