@@ -9,27 +9,24 @@ from dataclasses import dataclass
 from vlmopt.errors import OptionError
 
 TEXT_END, VISION_END = 0.71, 0.6
-"""Where the grids end, before the sigmoid."""
+"""Where the published grids end, before the sigmoid; for models of 26 layers or more, over which
+weights sum to 1."""
 STEEPNESS = 10.0
 
 
-def threshold_grid(
-    count: int, end: float, *, linear: bool = False, stretch: float = 1.0
-) -> list[float]:
+def threshold_grid(count: int, end: float, *, linear: bool = False) -> list[float]:
     """Thresholds to try, ascending: close together where they are small.
 
     Args:
         count: how many.
         end: of the interval that they are mapped from, which begins at 0.
         linear: evenly spread, between the same ends.
-        stretch: factor of all. The published ends are for weights of layers that sum to 1 over 26
-            layers or more; the fewer layers, the larger the weights.
     """
     places = [end * at / (count - 1) for at in range(count)] if count > 1 else [end]
     if linear:
         low, high = _mapped(0.0), _mapped(end)
-        return [stretch * (low + (high - low) * place / end) for place in places]
-    return [stretch * _mapped(place) for place in places]
+        return [low + (high - low) * place / end for place in places]
+    return [_mapped(place) for place in places]
 
 
 def _mapped(place: float) -> float:
@@ -98,7 +95,7 @@ def search_frontier(
     if most < share:
         raise OptionError(
             f"the largest thresholds skip {most:.3f} of all pairs of token and expert, not {share}",
-            hint="ask for a smaller share, or for larger thresholds (option stretch)",
+            hint="ask for a smaller share, or for larger thresholds (options text_end, vision_end)",
         )
     vision = last
     for text in range(count):

@@ -52,12 +52,13 @@ class MoDES(ExpertSkip, Searched):
     )
     grid: int = option(100, "for calibration: thresholds to try of each modality", ge=2)
     linear: bool = option(False, "for calibration: thresholds spread evenly")
-    stretch: float = option(
-        1.0,
-        "for calibration: factor of the thresholds to try; more than 1 for models of few layers, "
-        "whose weights are larger",
+    text_end: float = option(
+        frontier.TEXT_END,
+        "for calibration: end of the thresholds of text, 2 / (1 + exp(10 - 10 * end)); models of "
+        "few layers, whose weights are larger, need larger ones",
         gt=0,
     )
+    vision_end: float = option(frontier.VISION_END, "for calibration: of those of vision", gt=0)
     bypass: str = option(
         "normed_input",
         "for calibration: what takes the place of a layer's experts, as in published weights, or "
@@ -151,9 +152,9 @@ class MoDES(ExpertSkip, Searched):
         weights = {
             kind: frontier.layer_weights(drift[:, at].tolist()) for at, kind in enumerate(KINDS)
         }
-        ends = {"text": frontier.TEXT_END, "vision": frontier.VISION_END}
+        ends = {"text": self.text_end, "vision": self.vision_end}
         grids = {
-            kind: frontier.threshold_grid(self.grid, end, linear=self.linear, stretch=self.stretch)
+            kind: frontier.threshold_grid(self.grid, end, linear=self.linear)
             for kind, end in ends.items()
         }
 

@@ -1,4 +1,4 @@
-"""Quality of skipping experts, on the first layer of the bundled model that has them."""
+"""Quality of skipping experts, on two layers of the bundled model that has them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vlmopt.bench.quality import Exam
 def methods() -> skipping.Skipping:
     exam = Exam(6, model=skipping.MODEL)
     decoder = exam.model.get_decoder()
-    decoder.layers = decoder.layers[:1]
-    decoder.config.num_hidden_layers = 1
-    return skipping.Skipping(exam, 6, grid=3, stretch=40.0)
+    decoder.layers = decoder.layers[:2]
+    decoder.config.num_hidden_layers = 2
+    return skipping.Skipping(exam, 6, grid=2, text_end=2.0, vision_end=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,9 @@ class Skipping:
         exam: questions for the model.
         prompts: to calibrate on.
         calibration: options of ``modes`` for its calibration.
+
+    Attributes:
+        found: what that calibration found, by share.
     """
 
     def __init__(self, exam: Exam, prompts: int, **calibration: Any) -> None:
@@ -122,6 +125,7 @@ class Skipping:
         self.samples = digits.calibration_samples(exam.processor, prompts, size=prompts)
         self.special = tuple(exam.processor.tokenizer.all_special_ids)
         self.calibration = calibration
+        self.found: dict[str, Any] = {}
 
     def fewer(self, k: int) -> Score:
         """The best ``k`` experts of each token."""
@@ -131,9 +135,10 @@ class Skipping:
         """With the weights and thresholds of calibrations for these shares."""
         one = ManyShares(shares=tuple(shares), special=self.special, **self.calibration)
         with TemporaryDirectory(prefix="vlmopt-") as folder:
-            found = calibrate(self.exam.model, self.samples, one, Path(folder, "modes.json"))
+            self.found = calibrate(self.exam.model, self.samples, one, Path(folder, "modes.json"))
         for share in shares:
-            thresholds, weights = found[str(share)]["thresholds"], found[str(share)]["weights"]
+            found = self.found[str(share)]
+            thresholds, weights = found["thresholds"], found["weights"]
             calibrated = MoDES(
                 **thresholds,
                 text_weights=tuple(weights["text"]),
