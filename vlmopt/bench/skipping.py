@@ -129,7 +129,7 @@ class Skipping:
 
     def fewer(self, k: int) -> Score:
         """The best ``k`` experts of each token."""
-        return self._score(ExpertTopK(k=k, special=self.special, count=True), f"k={k}", None)
+        return self._score(ExpertTopK(k=(k,), special=self.special, count=True), f"k={k}", None)
 
     def modes(self, shares: Sequence[float]) -> Iterator[Score]:
         """With the weights and thresholds of calibrations for these shares."""
