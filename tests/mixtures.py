@@ -54,7 +54,8 @@ class Mixture(nn.Module):
         score: ``softmax``, ``sigmoid``, ``chosen`` (softmax of the chosen logits) or ``relu``.
         correction: added to the scores for the choice alone.
         bias: of the last product, ``[experts, width]``.
-        dispatch: ``grouped``, ``batched``, ``dense`` (all experts for all tokens) or ``loop``.
+        dispatch: ``grouped``, ``batched``, ``dense`` (all experts for all tokens), ``loop`` (tokens
+            of an expert found by its number) or ``one_hot`` (found in a mask of all).
         counted: experts that rows are counted for, if not all.
     """
 
@@ -152,9 +153,20 @@ class Mixture(nn.Module):
         return (out * spread.t().unsqueeze(-1)).sum(0)
 
     def _loop(self, rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self._one_by_one(rows, weights, [ids == at for at in range(len(self.gate))])
+
+    def _one_hot(
+        self, rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        masks = nn.functional.one_hot(ids, len(self.gate) + 1).permute(2, 0, 1)
+        return self._one_by_one(rows, weights, [masks[at] for at in range(len(self.gate))])
+
+    def _one_by_one(
+        self, rows: torch.Tensor, weights: torch.Tensor, masks: list[torch.Tensor]
+    ) -> torch.Tensor:
         out = torch.zeros_like(rows)
-        for expert in range(len(self.gate)):
-            tokens, places = torch.where(ids == expert)
+        for expert, mask in enumerate(masks):
+            tokens, places = torch.where(mask)
             value = self._expert(expert, rows[tokens]) * weights[tokens, places].unsqueeze(-1)
             out = out.index_add(0, tokens, value)
         return out

@@ -39,11 +39,9 @@ _VIEWS = (
 )
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 _SPREADS = (aten.scatter.src, aten.scatter.value)
-_LOOPS = (
-    aten.nonzero.default,
-    aten.nonzero_numpy.default,
-    aten.one_hot.default,
-    aten.where.default,
+_COMPARES = (aten.eq.Scalar, aten.one_hot.default)
+_INSTEAD = (
+    "choose another implementation before capturing: model.set_experts_implementation('grouped_mm')"
 )
 
 
@@ -54,8 +52,8 @@ class Dispatch(StrEnum):
     """Rows sorted by expert, one grouped product for all."""
     BATCHED = "batched"
     """For each row a copy of the weights of its expert."""
-    DENSE = "dense"
-    """All experts compute all tokens."""
+    LOOP = "loop"
+    """One expert after the other, each for the tokens that chose it."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,13 @@ class ExpertBlock:
             ``[batch * tokens, width]``.
         ids, weights: of the chosen, int64 and float ``[batch * tokens, k]``, ``weights`` before
             the router's ``scale``.
-        ids_user, weights_user: what reads them on the way to the experts: there they can be
+        ids_users, weights_users: what reads them on the way to the experts: there they can be
             replaced.
         order, places: sorted ids and where each stood before, int64 ``[batch * tokens * k]``, where
             rows are sorted.
         products: products with the weights of experts, in order.
-        weighted: results of the experts times weights, one row per token and chosen expert.
+        weighted: results of the experts times weights, one row per token and chosen expert; of a
+            loop, their sum for each token.
     """
 
     layer: int
@@ -110,8 +109,8 @@ class ExpertBlock:
     rows: fx.Node
     ids: fx.Node
     weights: fx.Node
-    ids_user: fx.Node
-    weights_user: fx.Node
+    ids_users: tuple[fx.Node, ...]
+    weights_users: tuple[fx.Node, ...]
     order: fx.Node | None
     places: fx.Node | None
     products: tuple[fx.Node, ...]
@@ -220,18 +219,20 @@ def _router(chosen: fx.Node, logits: fx.Node, weights: fx.Node, scale: float) ->
     )
 
 
-def _unscaled(weights: fx.Node, user: fx.Node) -> tuple[fx.Node, fx.Node, float]:
+def _unscaled(
+    weights: fx.Node, readers: tuple[fx.Node, ...]
+) -> tuple[fx.Node, tuple[fx.Node, ...], float]:
     """Weights before a factor that is the same for all, what reads them there, and the factor."""
-    found, scale = (weights, user), 1.0
-    while len(weights.users) == 1:
+    found, scale = (weights, readers), 1.0
+    while set(weights.users) <= set(readers):
         factor = weights.args[1] if len(weights.args) > 1 else None
         scaled = weights.target is aten.mul.Tensor and isinstance(factor, (int, float))
         if not scaled and weights.target not in CASTS:
             break
-        user, weights = weights, cast("fx.Node", weights.args[0])
+        readers, weights = (weights,), cast("fx.Node", weights.args[0])
         if scaled:
             scale *= float(cast("float", factor))
-            found = weights, user
+            found = weights, readers
     return *found, scale
 
 
@@ -274,14 +275,11 @@ def _block(chosen: fx.Node, logits: fx.Node, ids: fx.Node) -> ExpertBlock:
             node=ids,
             hint="use one such pass",
         )
-    loop = next((node for node in _computed_from(ids) if node.target in _LOOPS), None)
+    compared = tuple(user for user in ids.users if user.target in _COMPARES)
+    if compared:
+        return _looped(chosen, logits, ids, compared)
     raise ExpertMismatchError(
-        "experts are called in a loop, one after the other"
-        if loop is not None
-        else "it cannot be told how tokens reach their experts",
-        node=loop or ids,
-        hint="choose another implementation before capturing: "
-        "model.set_experts_implementation('grouped_mm')",
+        "it cannot be told how tokens reach their experts", node=ids, hint=_INSTEAD
     )
 
 
@@ -325,8 +323,8 @@ def _grouped(
         Dispatch.GROUPED,
         (experts, k),
         cast("fx.Node", rows.args[0]),
-        (ids, flat),
-        cast("fx.Node", weighing[0].args[0]),
+        (ids, (flat,)),
+        _by_token(cast("fx.Node", weighing[0].args[0])),
         (order, places),
         products,
         weighted,
@@ -383,11 +381,56 @@ def _batched(
         Dispatch.BATCHED,
         (experts, k),
         rows,
-        (ids, flat),
-        weights,
+        (ids, (flat,)),
+        _by_token(weights),
         (None, None),
         products,
         weighted,
+    )
+
+
+def _looped(
+    chosen: fx.Node, logits: fx.Node, ids: fx.Node, compared: tuple[fx.Node, ...]
+) -> ExpertBlock:
+    experts, k = _shape(logits)[-1], _shape(ids)[-1]
+    called = sorted(user.args[1] for user in compared)  # type: ignore[type-var]
+    # no class of one_hot may be missing for pairs that no expert computes
+    by_class = [user.target for user in compared] == [aten.one_hot.default] and called[0] > experts
+    if not by_class and called != list(range(experts)):
+        raise ExpertMismatchError(
+            f"experts are called in a loop, but not each of {experts} once by its number",
+            node=compared[0],
+            hint=_INSTEAD,
+        )
+    results = _computed_from(ids)
+    sums = [node for node in results if node.target is aten.index_add.default]
+    reads = [node for node in results if node.target is aten.index.Tensor]
+    weighing = tuple(
+        node
+        for node in reads
+        if _shape(node.args[0]) == _shape(ids) and node.args[0] not in results
+    )
+    taking = [node for node in reads if node not in weighing and node.args[0] not in results]
+    weights = {node.args[0] for node in weighing}
+    rows = {cast("fx.Node", node.args[0]) for node in taking}
+    if not sums or len(weights) != 1 or len(rows) != 1:
+        raise ExpertMismatchError(
+            "experts are called in a loop that does not take rows of tokens, weigh the results and "
+            "add them up (index_add)",
+            node=compared[0],
+            hint=_INSTEAD,
+        )
+    return _finished(
+        chosen,
+        logits,
+        Dispatch.LOOP,
+        (experts, k),
+        rows.pop(),
+        (ids, compared),
+        (cast("fx.Node", weights.pop()), weighing),
+        (None, None),
+        tuple(node for node in results if node.target in _PROJECTIONS),
+        sums[-1],
     )
 
 
@@ -425,43 +468,48 @@ def _finished(
     dispatch: Dispatch,
     counts: tuple[int, int],
     rows: fx.Node,
-    ids: tuple[fx.Node, fx.Node],
-    flat: fx.Node,
+    ids: tuple[fx.Node, tuple[fx.Node, ...]],
+    weights: tuple[fx.Node, tuple[fx.Node, ...]],
     sort: tuple[fx.Node | None, fx.Node | None],
     products: tuple[fx.Node, ...],
     weighted: fx.Node,
 ) -> ExpertBlock:
-    experts, k = counts
-    user = flat
-    while user.target in (*_VIEWS, *CASTS) and len(_shape(user.args[0])) == 1:
-        user = cast("fx.Node", user.args[0])
-    if user.target not in _VIEWS or _shape(user.args[0]) != _shape(ids[0]):
-        raise ExpertMismatchError("weights are not those of the chosen experts", node=flat)
-    weights, weights_user, scale = _unscaled(cast("fx.Node", user.args[0]), user)
+    if _shape(weights[0]) != _shape(ids[0]):
+        raise ExpertMismatchError("weights are not those of the chosen experts", node=weights[0])
+    unscaled, weights_users, scale = _unscaled(*weights)
     stream = rows
     while stream.target in _VIEWS and len(_shape(stream)) != 3:
         stream = cast("fx.Node", stream.args[0])
     if len(_shape(stream)) != 3:
         raise ExpertMismatchError("it cannot be told which tokens the rows are", node=rows)
-    router = _router(chosen, logits, weights, scale)
+    router = _router(chosen, logits, unscaled, scale)
     place = layer_of(chosen)
     assert place is not None, "chosen inside a layer"
     return ExpertBlock(
         place[1],
         dispatch,
         router,
-        experts,
-        k,
+        *counts,
         stream,
         rows,
         ids[0],
-        weights,
+        unscaled,
         ids[1],
-        weights_user,
+        weights_users,
         *sort,
         products,
         weighted,
     )
+
+
+def _by_token(flat: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """Weights of each token, of which ``flat`` is made, and what reads them for that."""
+    user = flat
+    while user.target in (*_VIEWS, *CASTS) and len(_shape(user.args[0])) == 1:
+        user = cast("fx.Node", user.args[0])
+    if user.target not in _VIEWS:
+        raise ExpertMismatchError("weights are not those of the chosen experts", node=flat)
+    return cast("fx.Node", user.args[0]), (user,)
 
 
 # -- pieces ------------------------------------------------------------------------------------

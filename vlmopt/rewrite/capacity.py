@@ -78,6 +78,13 @@ def compute_pairs(
     Raises:
         ExpertMismatchError: an expert does something that does not work row by row.
     """
+    if block.dispatch is Dispatch.LOOP:
+        raise ExpertMismatchError(
+            "experts are called in a loop: the number of rows of each depends on data",
+            node=block.weighted,
+            hint="choose another implementation before capturing: "
+            "model.set_experts_implementation('grouped_mm')",
+        )
     graph = stage.graph
     result = summed(block)
     by_choice = cast("fx.Node", result.args[0])
@@ -126,7 +133,7 @@ def compute_pairs(
 
 def _row_weights(block: ExpertBlock) -> fx.Node:
     """Weights with the router's factor, one for each pair, ``[tokens * k]``."""
-    node = block.weights_user
+    (node,) = block.weights_users
     while len(node.meta["val"].shape) != 1:
         (node,) = node.users
     return node
@@ -146,7 +153,7 @@ def _replaced(
         old = entering.meta["val"].dtype
         if rows.meta["val"].dtype != old:
             rows = emit.call(aten._to_copy.default, rows, dtype=old)
-        return {entering: rows, row_weights: weights, block.ids_user: order}
+        return {entering: rows, row_weights: weights, block.ids_users[0]: order}
     entering = cast("fx.Node", block.products[0].args[0])
     while entering.target in CASTS:
         entering = cast("fx.Node", entering.args[0])

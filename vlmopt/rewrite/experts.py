@@ -56,8 +56,8 @@ def skip_pairs(
     if block.dispatch is Dispatch.BATCHED:
         block = sort_rows(stage, block, ctx, prefix=prefix, match=match)
     graph = stage.graph
-    emit = Emitter.of_pass(ctx, stage, block.ids_user, prefix, match)
-    first = min(block.ids_user, block.weights_user)
+    first = min(*block.ids_users, *block.weights_users)
+    emit = Emitter.of_pass(ctx, stage, first, prefix, match)
     if first < block.ids or first < block.weights:
         raise ExpertMismatchError("ids of experts are read before their weights", node=first)
 
@@ -72,9 +72,12 @@ def skip_pairs(
     with graph.inserting_before(first):
         given = block.weights, block.ids, *values
         ids, weights, kept = emit.trace(skipped, *given, names=("ids", "weights", "kept"))
-    block.ids_user.replace_input_with(block.ids, ids)
-    block.weights_user.replace_input_with(block.weights, weights)
-    _leave_rows_out(emit, block)
+    for user in block.ids_users:
+        user.replace_input_with(block.ids, ids)
+    for user in block.weights_users:
+        user.replace_input_with(block.weights, weights)
+    if block.dispatch is Dispatch.GROUPED:  # a loop asks for no row of that number
+        _leave_rows_out(emit, block)
     return cast("fx.Node", kept)
 
 
@@ -115,6 +118,8 @@ def bypass_experts(
 
 def summed(block: ExpertBlock) -> fx.Node:
     """The sum over the experts of each token, ``[tokens, width]``."""
+    if block.dispatch is Dispatch.LOOP:
+        return block.weighted
     below = reached([block.weighted], lambda node: () if _sums(node) else node.users)
     for node in sorted(below):
         if _sums(node) and list(node.meta["val"].shape) == list(block.rows.meta["val"].shape):
@@ -131,6 +136,7 @@ def _leave_rows_out(emit: Emitter, block: ExpertBlock) -> None:
     graph, order, places = emit.graph, block.order, block.places
     assert order is not None, "rows are sorted"
     assert places is not None, "rows are sorted"
+    (flat,) = block.ids_users
     ends = cast("fx.Node", block.products[0].args[2])
     start = max(order, places)
     counted = reached([ends], lambda node: [one for one in sources(node) if one > order])
@@ -143,7 +149,7 @@ def _leave_rows_out(emit: Emitter, block: ExpertBlock) -> None:
     # what is looked up by expert, such as a bias
     for user in [user for user in order.users if user.target is aten.index.Tensor]:
         with graph.inserting_before(user):
-            expert = emit.call(aten.index.Tensor, block.ids_user, [computed])
+            expert = emit.call(aten.index.Tensor, flat, [computed])
             inside = emit.call(aten.clamp.default, expert, None, block.experts - 1, name="inside")
         user.replace_input_with(order, inside)
     on_rows = reached([computed], lambda node: () if node is block.weighted else node.users)
@@ -230,7 +236,7 @@ def sort_rows(
     return replace(
         block,
         dispatch=Dispatch.GROUPED,
-        ids_user=flat,
+        ids_users=(flat,),
         order=order,
         places=places,
         products=(known[squeezed(first)], product),
