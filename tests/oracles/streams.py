@@ -169,7 +169,7 @@ class StreamedLayer:
 
 def _cosine(one: Tensor, other: Tensor) -> float:
     one, other = one.double(), other.double()
-    return float(one @ other / (one.norm() * other.norm()))
+    return float(one @ other) / max(float(one.norm() * other.norm()), 1e-8)
 
 
 class StreamedEncoder:
@@ -201,12 +201,15 @@ class StreamedEncoder:
 
     def _block(self, streamed: StreamedLayer, full: bool) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, **given: Any) -> Tensor:
-            packed = hidden_states.ndim == 2
-            frames = hidden_states[None] if packed else hidden_states
-            if given.get("position_embeddings") is not None:
-                streamed.layer.turn = _rotation(*given["position_embeddings"])
+            frames = hidden_states
+            if frames.ndim == 2:  # rows of all frames, one behind the other
+                count = len(given["cu_seqlens"]) - 1
+                frames = frames.unflatten(0, (count, -1))
+                turns = [one.unflatten(0, (count, -1)) for one in given["position_embeddings"]]
+                assert all(one.equal(one[:1].expand_as(one)) for one in turns)
+                streamed.layer.turn = _rotation(turns[0][0], turns[1][0])
             out = streamed.reference(frames) if full else streamed.selective(frames, self.count)
-            return out[0] if packed else out
+            return out.reshape(hidden_states.shape)
 
         return forward
 
