@@ -74,8 +74,9 @@ def remember(
         strict_original: choose channels anew for each chunk, as the official code does: means of
             different channels are then added up. Otherwise those of the first chunk stay.
     """
-    channels = steady_channels(features, ratio)
-    if memory is not None and not strict_original:
+    if memory is None or strict_original:
+        channels = steady_channels(features, ratio)
+    else:
         channels = memory.channels
     if memory is None:
         zero = torch.zeros((), dtype=torch.int64, device=features.device)

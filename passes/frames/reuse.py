@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 METRICS = ("cosine", "l1", "l2", "dot")
 
 _EPS = 1e-8
+
+_SAME = 1e-6
+"""Rows that differ by rounding alone count as equal: else rounding would choose among all rows of
+what stands still, and another kernel would choose others. Of a cosine this much below 1; of the
+length of a row ten times as much."""
 
 
 def rows_to_update(tokens: int, ratio: float) -> int:
@@ -38,15 +44,18 @@ def similarity(key: Tensor, reference: Tensor, metric: str) -> Tensor:
         float32 ``[frames, tokens]``, high for rows that hardly changed.
     """
     key, reference = key.float(), reference.float()
-    if metric == "l1":
-        return -(key - reference).abs().sum(-1)
-    if metric == "l2":
-        return -(key - reference).square().sum(-1).sqrt()
+
+    def length(rows: Tensor) -> Tensor:
+        return rows.abs().sum(-1) if metric == "l1" else rows.square().sum(-1).sqrt()
+
+    if metric in ("l1", "l2"):
+        distance = length(key - reference)
+        return -torch.where(distance > 10 * _SAME * length(reference), distance, 0.0)
     product = (key * reference).sum(-1)
     if metric == "dot":
         return product
-    lengths = key.square().sum(-1).sqrt() * reference.square().sum(-1).sqrt()
-    return product / lengths.clamp(min=_EPS)
+    cosine = product / (length(key) * length(reference)).clamp(min=_EPS)
+    return torch.where(cosine < 1 - _SAME, cosine, 1.0)
 
 
 def least_similar(similar: Tensor, count: int) -> Tensor:

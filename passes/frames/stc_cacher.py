@@ -8,13 +8,14 @@ from torch import Tensor
 
 from vlmopt.analysis.blocks import EncoderBlock, find_blocks
 from vlmopt.analysis.encoder import encoder_stage
+from vlmopt.errors import PreconditionError
 from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.passes.frames import reuse
 from vlmopt.pipeline.options import option
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
 from vlmopt.program import Program, Stage
 from vlmopt.rewrite.exits import require_untouched
-from vlmopt.rewrite.reuse import give_state, reuse_rows
+from vlmopt.rewrite.reuse import REUSE, STATE, give_state, reuse_rows
 
 SELECTIVE = "_selective"
 """What the name of the stage that reuses rows ends with."""
@@ -55,20 +56,28 @@ class StcCacher(Pass):
         require_untouched(
             stage, f"{self.name} cannot reuse rows", hint="reduce tokens behind the encoder"
         )
+        if stage.find_outputs(STATE[0]):
+            raise PreconditionError(
+                f"{self.name} cannot reuse rows in stage {stage.name}: "
+                f"{stage.facts[REUSE]['by']} does so already",
+                hint="leave out one of the two",
+            )
         _blocks(stage.clone())
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         stage = encoder_stage(program)
         name = stage.name + SELECTIVE
         selective = replace(stage.clone(), name=name)
-        reuse_rows(selective, blocks := _blocks(selective), self._choose, ctx)
+        blocks = _blocks(selective)
+        reuse_rows(selective, blocks, self._choose, ctx)
         give_state(stage, _blocks(stage), ctx)
-        stage.facts["reuse"] = selective.facts["reuse"] = {
-            "interval": self.interval,
-            "frames": blocks[0].images,
-            "stages": [stage.name, name],
-            "by": ctx.spec,
-        }
+        for one in (stage, selective):
+            one.facts[REUSE] = {
+                "interval": self.interval,
+                "frames": blocks[0].images,
+                "stages": [stage.name, name],
+                "by": ctx.spec,
+            }
         stages = list(program.stages.items())
         at = 1 + next(i for i, (_, one) in enumerate(stages) if one is stage)
         program.stages = dict([*stages[:at], (name, selective), *stages[at:]])

@@ -57,6 +57,15 @@ def test_ties_go_to_the_lower_index() -> None:
         assert reuse.choose(same[None], same, 0.25, metric).tolist() == [[*range(10)]]
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l1", "l2"])
+def test_rounding_does_not_choose(metric: str) -> None:
+    """Among rows that another kernel gave, nearly as they were."""
+    reference = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    key = reference * (1 + 1e-6 * torch.randn(64, 32, generator=torch.Generator().manual_seed(2)))
+    key[40] *= -1
+    assert reuse.choose(key[None], reference, 0.125, metric).tolist() == [[*range(7), 40]]
+
+
 def test_rows_of_zeros_are_least_similar() -> None:
     reference = torch.ones(4, 2)
     key = torch.ones(1, 4, 2)

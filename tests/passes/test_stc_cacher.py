@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import encoders
 import pytest
 import torch
 import zoo
-from oracles.streams import StreamedEncoder
+from oracles.streams import Layer, StreamedEncoder, StreamedLayer
 from oracles.vit import Parts
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers.exporters.utils import precompute_export_inputs
 
 import vlmopt
 from vlmopt import tracing
 from vlmopt.analysis.encoder import encoder_stage
+from vlmopt.analysis.layers import find_layers
 from vlmopt.encoding import named_tensors
 from vlmopt.errors import BlockMismatchError, PreconditionError
+from vlmopt.graph.text import stage_text
 from vlmopt.passes.frames.reuse import rows_to_update
 from vlmopt.pipeline.manager import run_pipeline
-from vlmopt.program import Program, Role, Stage
+from vlmopt.program import Program, Stage
+from vlmopt.rewrite.reuse import STATE
+
+aten = torch.ops.aten
 
 DINO = Parts(
     "encoder.layer",
@@ -213,3 +220,220 @@ def captured_tower(tower: Any, inputs: dict[str, Tensor]) -> Program:
 
 def tokens_of(stage: Stage) -> int:
     return int(stage.placeholder("reference_key_0").meta["val"].shape[0])
+
+
+# -- what must be exact ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip", "dinov2", "timm"])
+def test_all_rows_are_the_full_pass(name: str) -> None:
+    """With a ratio of 1, whatever the state holds."""
+    both = stages(captured(name, 2), "stc-cacher{ratio=1}")
+    chunk = encoders.images(seed=3)
+    wanted, state = reference(both[0], [chunk])
+    noise = {key: torch.randn_like(value) for key, value in state.items()}
+    found = selective(both[1], [chunk], noise)
+    for key, value in wanted.items():
+        if name == "timm":  # three projections in one product there
+            torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-6)
+        else:
+            assert found[key].equal(value)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1", "l2", "dot"])
+def test_the_same_frame_again_is_the_full_pass(metric: str) -> None:
+    both = stages(captured("clip", 1), f"stc-cacher{{ratio=0.1 metric={metric}}}")
+    chunk = encoders.images(1)
+    wanted, state = reference(both[0], [chunk])
+    found = selective(both[1], [chunk], state)
+    for key, value in wanted.items():
+        agree(found[key], value)
+
+
+def test_a_small_ratio_computes_one_row() -> None:
+    both = stages(captured("siglip", 1), "stc-cacher{ratio=0.01}")
+    assert row_counts(both[1], "q_proj") == {1}
+
+
+def test_tensors_are_smaller() -> None:
+    """Keys of all rows, once; all else of 6 of 26 rows of each of two frames."""
+    first, second = stages(captured("clip", 2), "stc-cacher")
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
+        assert row_counts(first, name) == {26}
+        assert row_counts(second, name) == ({26} if name == "k_proj" else {6})
+        assert linears(second, name) == linears(first, name) == 3
+    fused = stages(captured("timm", 2), "stc-cacher")[1]
+    assert [row_counts(fused, name) for name in ("proj", "mlp_0", "mlp_2")] == [{6}] * 3
+    assert linears(fused, "qkv") == 0  # no product with the whole of that weight
+    assert sorted(row_counts(fused, None)) == [6, 26]
+
+
+def products(stage: Stage, name: str | None) -> list[torch.fx.Node]:
+    """Linear operators inside the blocks whose weight has this name."""
+    layers = find_layers(stage).of
+    return [
+        node
+        for node in stage.graph.find_nodes(op="call_function", target=aten.linear.default)
+        if node in layers and (name is None or str(node.args[1]).endswith(f"{name}_weight"))
+    ]
+
+
+def linears(stage: Stage, name: str) -> int:
+    return len(products(stage, name))
+
+
+def row_counts(stage: Stage, name: str | None) -> set[int]:
+    return {int(node.meta["val"].shape[-2]) for node in products(stage, name)}
+
+
+def test_both_stages_share_their_weights(tmp_path: Path) -> None:
+    program = captured("timm", 1).clone()
+    before = program.named_weights()
+    run_pipeline(program, "stc-cacher | fold-constants", verify="full")
+    after = program.named_weights()
+    assert {id(weight) for weight in after.values()} == {id(weight) for weight in before.values()}
+    program.save(tmp_path / "program")
+    loaded = vlmopt.load(tmp_path / "program")
+    assert list(loaded.stages) == ["model", "model_selective"]
+    chunks = moving(encoders.images(1), 2, 25)
+    found = []
+    for one in (program, loaded):
+        _, state = reference(one["model"], chunks[:1])
+        found.append(selective(one["model_selective"], chunks[1:], state))
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])
+    roles = [(port.role, port.layer) for port in loaded["model_selective"].inputs]
+    assert roles[1:] == [(role, layer) for layer in range(3) for role in STATE]
+
+
+# -- what is refused ---------------------------------------------------------------------------
+
+
+def test_windows_are_refused() -> None:
+    tower, _ = tower_of("qwen2_5_vl")
+    inputs = zoo.inputs("qwen2_5_vl")
+    program = captured_tower(tower, tower_inputs(inputs, inputs["pixel_values"]))
+    with pytest.raises(BlockMismatchError, match=r"block 0 .* attends within windows"):
+        run_pipeline(program, "stc-cacher")
+
+
+class Odd(nn.Module):
+    """A block that is built in some unusual way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.q, self.k, self.v, self.out, self.fc1, self.fc2, self.other = (
+            nn.Linear(16, 16) for _ in range(7)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = self.kind
+        u = x if kind == "post-norm" else self.norm1(x)
+        source = self.other(u) if kind == "keys of other rows" else u
+        query, key, value = (
+            one.unflatten(-1, (2, 8)).transpose(1, 2)
+            for one in (self.q(u), self.k(source), self.v(u))
+        )
+        if kind == "no operator":
+            mixed = (query @ key.transpose(-1, -2) / 8**0.5).softmax(-1) @ value
+        else:
+            mixed = functional.scaled_dot_product_attention(query, key, value)
+        added = self.out(mixed.transpose(1, 2).flatten(2))
+        if kind == "pooled attention":
+            added = added + added.mean(1, keepdim=True)
+        if kind == "parallel":
+            return x + added + self.fc2(functional.gelu(self.fc1(u)))
+        if kind == "post-norm":
+            y = self.norm1(x + added)
+            return self.norm2(y + self.fc2(functional.gelu(self.fc1(y))))
+        if kind == "norm of what is added":
+            y = x + self.norm1(added)
+            return y + self.norm2(self.fc2(functional.gelu(self.fc1(y))))
+        y = x + added
+        hidden = functional.gelu(self.fc1(self.norm2(y)))
+        if kind == "pooled network":
+            hidden = hidden * hidden.mean(1, keepdim=True).sigmoid()
+        return y + self.fc2(hidden)
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(Odd(kind), Odd(kind))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.blocks(x)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("parallel", "read the same rows"),
+        ("no operator", "no attention operator"),
+        ("keys of other rows", "not projections of the same rows"),
+        ("pooled attention", "combines rows of an image outside of attention"),
+        ("pooled network", "combines rows with each other"),
+    ],
+)
+def test_blocks_that_are_built_otherwise(kind: str, why: str) -> None:
+    program = vlmopt.capture(Blocks(kind).eval(), (torch.randn(2, 9, 16),))
+    before = stage_text(program["model"])
+    with pytest.raises(BlockMismatchError, match=why) as caught:
+        run_pipeline(program, "stc-cacher")
+    assert caught.value.node is not None
+    assert list(program.stages) == ["model"] and stage_text(program["model"]) == before
+
+
+@pytest.mark.parametrize("kind", ["post-norm", "norm of what is added", "pre-norm"])
+def test_norms_elsewhere(kind: str) -> None:
+    """Behind each half, or as a part of it."""
+    model, frames = Blocks(kind).eval(), torch.randn(2, 9, 16)
+    both = stages(vlmopt.capture(model, (frames,)), "stc-cacher{ratio=0.35}")
+    layers = [StreamedLayer(odd_layer(block)) for block in model.blocks]
+    later = frames + torch.rand(2, 9, 1) * torch.randn(2, 9, 16)
+    with torch.no_grad():
+        x, y = frames, later
+        for layer in layers:
+            x = layer.reference(x)
+        for layer in layers:
+            y = layer.selective(y, 3)
+        agree(x, model(frames))
+    _, state = reference(both[0], [frames])
+    found = selective(both[1], [later], state)
+    agree(next(iter(found.values())), y)
+
+
+def odd_layer(block: Any) -> Layer:
+    def fed(rows: Tensor) -> Tensor:
+        given = block.norm2(rows) if block.kind == "pre-norm" else rows
+        out = block.fc2(functional.gelu(block.fc1(given)))
+        return block.norm2(out) if block.kind == "norm of what is added" else out
+
+    def attended(rows: Tensor) -> Tensor:
+        out = block.out(rows)
+        return block.norm1(out) if block.kind == "norm of what is added" else out
+
+    layer = Layer(block.norm1, block.q, block.k, block.v, attended, fed, heads=2)
+    if block.kind == "post-norm":
+        layer.normed = lambda rows: rows
+        layer.between, layer.after = block.norm1, block.norm2
+    return layer
+
+
+def test_other_passes_on_the_same_encoder() -> None:
+    for text, why in (
+        ("tome{r=3} | stc-cacher", "tome.* has already"),
+        ("stc-cacher | stc-cacher{ratio=0.5}", "stc-cacher does so already"),
+    ):
+        with pytest.raises(PreconditionError, match=why):
+            run_pipeline(captured("clip", 1).clone(), text)
+
+
+def test_a_models_forward_knows_no_streams() -> None:
+    with pytest.raises(PreconditionError, match="makes an encoder for streams of frames"):
+        vlmopt.optimize(
+            encoders.build("clip"), (encoders.images(1),), "stc-cacher", backend="eager"
+        )

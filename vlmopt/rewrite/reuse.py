@@ -33,6 +33,10 @@ STATE = (
 )
 """What is remembered of each block of a frame."""
 
+REUSE = "reuse"
+"""Among the facts of both stages: ``interval`` of chunks from one reference to the next, ``frames``
+of a chunk, ``stages``, the names of both, and the pass ``by`` which they were made."""
+
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(key [frames, tokens, width], reference [tokens, width])``: the rows to compute, int64
 ``[frames, rows]``, ascending; and how much a frame resembles the reference, float32 ``[frames]``.
