@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import encoders
+import onnxruntime
 import pytest
 import torch
 import zoo
@@ -24,6 +25,7 @@ from vlmopt.analysis.layers import find_layers
 from vlmopt.encoding import named_tensors
 from vlmopt.errors import BlockMismatchError, PreconditionError
 from vlmopt.graph.text import stage_text
+from vlmopt.lowering.onnx import export_program
 from vlmopt.passes.frames.reuse import rows_to_update
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Program, Stage
@@ -437,3 +439,29 @@ def test_a_models_forward_knows_no_streams() -> None:
         vlmopt.optimize(
             encoders.build("clip"), (encoders.images(1),), "stc-cacher", backend="eager"
         )
+
+
+def test_onnx(tmp_path: Path) -> None:
+    """The state is an output of one model and an input of the other; still rows, the same rows."""
+    program = captured("timm", 2).clone()
+    run_pipeline(program, "stc-cacher")
+    export_program(program, tmp_path / "onnx")
+    first, second = program["model"], program["model_selective"]
+    chunk = encoders.images()
+    later = chunk.clone()
+    later[..., 8:16, :] += 1.5
+    wanted, state = reference(first, [chunk])
+    changed = selective(second, [later], state)
+    given = dict(zip((port.name for port in first.inputs), [chunk.numpy()], strict=True))
+    found = run_onnx(tmp_path / "onnx" / "model.onnx", given)
+    assert list(found) == [port.name for port in first.outputs]
+    again = {key: found[key] for key in state} | dict.fromkeys(given, later.numpy())
+    found |= run_onnx(tmp_path / "onnx" / "model_selective.onnx", again)
+    for name, value in (wanted | changed).items():
+        agree(torch.from_numpy(found[name]), value)
+
+
+def run_onnx(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    session = onnxruntime.InferenceSession(path)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, given), strict=True))

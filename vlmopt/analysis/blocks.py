@@ -53,6 +53,8 @@ _LAYOUT = frozenset(
 )
 """What only arranges values anew."""
 
+_INSTEAD = "reduce tokens in the language model instead, for example with v2drop"
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -143,12 +145,15 @@ def _block(stage: Stage, layers: Layers, layer: int) -> EncoderBlock:
     try:
         parts = sublayers(layers, layer)
     except PreconditionError as error:
-        raise BlockMismatchError(error.what, node=error.node, hint=error.hint) from error
+        raise BlockMismatchError(
+            error.what, node=error.node, hint=error.hint or _INSTEAD
+        ) from error
     if parts.middle is None:
         raise BlockMismatchError(
             f"attention and feed-forward network of block {layer} read the same rows: the network "
             "does not wait for attention",
             node=parts.out,
+            hint=_INSTEAD,
         )
     found = _projections(attention, parts.attention_in)
     heads = _shape(attention)
@@ -168,7 +173,7 @@ def _attention(layers: Layers, layer: int) -> fx.Node:
             f"block {layer} of {layers.container} attends in {len(found)} parts, windows or images "
             "of different sizes",
             node=found[1],
-            hint="capture with one image; windows are not supported",
+            hint="capture with images of one size, or " + _INSTEAD,
         )
     if not found:
         raise BlockMismatchError(
@@ -195,7 +200,7 @@ def _require_whole(stage: Stage, blocks: tuple[EncoderBlock, ...]) -> None:
                     f"where {images} image{'s' if images > 1 else ''} of {tokens} patches enter: "
                     "it attends within windows",
                     node=block.attention,
-                    hint="use an encoder whose patches all attend to each other",
+                    hint=_INSTEAD,
                 )
 
 
@@ -206,6 +211,7 @@ def _require_network_by_row(block: EncoderBlock) -> None:
         raise BlockMismatchError(
             f"the feed-forward network of block {block.layer} reads other inputs than its rows",
             node=block.parts.ffn_out,
+            hint=_INSTEAD,
         )
     try:
         RowAxes(graph)
@@ -213,6 +219,7 @@ def _require_network_by_row(block: EncoderBlock) -> None:
         raise BlockMismatchError(
             f"the feed-forward network of block {block.layer}: {error.what}",
             node=block.parts.ffn_out,
+            hint=_INSTEAD,
         ) from error
 
 
@@ -225,11 +232,13 @@ def _projections(attention: fx.Node, rows: fx.Node) -> tuple[Projection, Project
     try:
         linear = [projection_of(value) for value in values]
     except PreconditionError as error:
-        raise BlockMismatchError(error.what, node=error.node) from error
+        raise BlockMismatchError(error.what, node=error.node, hint=_INSTEAD) from error
     for node in linear:
         if node.args[0] is not rows:
             raise BlockMismatchError(
-                "queries, keys and values are not projections of the same rows", node=node
+                "queries, keys and values are not projections of the same rows",
+                node=node,
+                hint=_INSTEAD,
             )
     if len(set(linear)) == 3:
         one, two, three = (Projection(node, (0, int(_shape(node)[-1])), node) for node in linear)
@@ -239,6 +248,7 @@ def _projections(attention: fx.Node, rows: fx.Node) -> tuple[Projection, Project
     raise BlockMismatchError(
         "two of queries, keys and values share a projection, and the third has one of its own",
         node=attention,
+        hint=_INSTEAD,
     )
 
 
@@ -264,6 +274,7 @@ def _fused(linear: fx.Node, values: list[fx.Node]) -> tuple[Projection, Projecti
             raise BlockMismatchError(
                 "queries, keys and values of one projection do not stand side by side in it",
                 node=linear,
+                hint=_INSTEAD,
             )
     one, two, three = found
     return one, two, three

@@ -150,6 +150,7 @@ class _BlockReuse:
             raise BlockMismatchError(
                 f"block {self.block.layer} combines rows of an image outside of attention",
                 node=axes.ends[0],
+                hint="reduce tokens in the language model instead, for example with v2drop",
             )
         if rows is None:
             with graph.inserting_before(alias.next):
