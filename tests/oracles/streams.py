@@ -34,6 +34,7 @@ class Layer:
         attended, fed: what is added to it, of attention's output and of the stream.
         between: of the stream between both halves, behind all.
         turn: rotation of queries and keys ``[heads, rows, size]`` at places.
+        windows: number of the window that each row is in; rows of others are not seen.
     """
 
     normed: Rows
@@ -46,6 +47,7 @@ class Layer:
     between: Rows = lambda rows: rows
     after: Rows = lambda rows: rows
     turn: Callable[[Tensor, list[int]], Tensor] = _unchanged
+    windows: list[int] | None = None
 
     @classmethod
     def of_weights(cls, weights: dict[str, Tensor], *, heads: int, eps: float) -> Layer:
@@ -163,7 +165,11 @@ class StreamedLayer:
             one.unflatten(-1, (layer.heads, -1)).transpose(0, 1) for one in (query, key, value)
         )
         q, k = layer.turn(q, places), layer.turn(k, list(range(len(key))))
-        weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+        logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        if layer.windows is not None:
+            own = torch.tensor([layer.windows[place] for place in places])
+            logits[:, own[:, None] != torch.tensor(layer.windows)] = float("-inf")
+        weights = logits.softmax(-1)
         return (weights @ v).transpose(0, 1).flatten(1)
 
 
@@ -175,12 +181,16 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 class StreamedEncoder:
     """A model whose blocks reuse rows while :meth:`active`; whatever is around them is its own.
 
+    Args:
+        count: rows of a frame to compute.
+        frames: whose rows stand behind each other, where a model wants them so.
+
     Attributes:
         layers: of the blocks, in order.
     """
 
-    def __init__(self, model: Any, parts: Parts, ratio_count: int) -> None:
-        self.model, self.count = model, ratio_count
+    def __init__(self, model: Any, parts: Parts, count: int, frames: int = 1) -> None:
+        self.model, self.count, self.frames = model, count, frames
         self.blocks = list(model.get_submodule(parts.blocks))
         self.layers = [StreamedLayer(Layer.of_block(block, parts)) for block in self.blocks]
 
@@ -203,9 +213,14 @@ class StreamedEncoder:
         def forward(hidden_states: Tensor, *_: Any, **given: Any) -> Tensor:
             frames = hidden_states
             if frames.ndim == 2:  # rows of all frames, one behind the other
-                count = len(given["cu_seqlens"]) - 1
-                frames = frames.unflatten(0, (count, -1))
-                turns = [one.unflatten(0, (count, -1)) for one in given["position_embeddings"]]
+                frames = frames.unflatten(0, (self.frames, -1))
+                ends = given["cu_seqlens"].tolist()[1:]
+                streamed.layer.windows = [
+                    sum(end <= place for end in ends) for place in range(frames.shape[1])
+                ]
+                turns = [
+                    one.unflatten(0, (self.frames, -1)) for one in given["position_embeddings"]
+                ]
                 assert all(one.equal(one[:1].expand_as(one)) for one in turns)
                 streamed.layer.turn = _rotation(turns[0][0], turns[1][0])
             out = streamed.reference(frames) if full else streamed.selective(frames, self.count)

@@ -8,16 +8,14 @@ Scales and norms behind either half belong to it, and so does what is done to qu
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from vlmopt.analysis.arrangements import arrangements
 from vlmopt.analysis.encoder import require_open
 from vlmopt.analysis.layers import Layers, find_layers
 from vlmopt.analysis.row_axes import RowAxes, part_behind
@@ -30,30 +28,8 @@ from vlmopt.program import Stage
 
 aten = torch.ops.aten
 
-_LAYOUT = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.unbind.int,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.dim,
-        aten.unsqueeze.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.alias.default,
-        operator.getitem,
-    }
-)
-"""What only arranges values anew."""
-
-_INSTEAD = "reduce tokens in the language model instead, for example with v2drop"
+INSTEAD = "reduce tokens in the language model instead, for example with v2drop"
+"""What to try where blocks cannot be rewritten."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +68,8 @@ class EncoderBlock:
             width]``.
         attention: the operator.
         parts: the values where its halves begin and end; ``middle`` is never ``None``.
-        images, tokens: how many images attention works on, and how many rows each has.
+        images, tokens: how many images there are, and how many rows each has.
+        window: consecutive rows that attend to each other; ``tokens`` where all do.
     """
 
     layer: int
@@ -104,6 +81,7 @@ class EncoderBlock:
     parts: Sublayers
     images: int
     tokens: int
+    window: int
 
     @property
     def middle(self) -> fx.Node:
@@ -129,8 +107,7 @@ def find_blocks(stage: Stage) -> tuple[EncoderBlock, ...]:
     layers = find_layers(stage)
     blocks = tuple(_block(stage, layers, layer) for layer in range(len(layers)))
     require_open(stage, layers)
-    _require_whole(stage, blocks)
-    return blocks
+    return _with_images(stage, blocks)
 
 
 def _block(stage: Stage, layers: Layers, layer: int) -> EncoderBlock:
@@ -145,19 +122,17 @@ def _block(stage: Stage, layers: Layers, layer: int) -> EncoderBlock:
     try:
         parts = sublayers(layers, layer)
     except PreconditionError as error:
-        raise BlockMismatchError(
-            error.what, node=error.node, hint=error.hint or _INSTEAD
-        ) from error
+        raise BlockMismatchError(error.what, node=error.node, hint=error.hint or INSTEAD) from error
     if parts.middle is None:
         raise BlockMismatchError(
             f"attention and feed-forward network of block {layer} read the same rows: the network "
             "does not wait for attention",
             node=parts.out,
-            hint=_INSTEAD,
+            hint=INSTEAD,
         )
     found = _projections(attention, parts.attention_in)
     heads = _shape(attention)
-    block = EncoderBlock(layer, entry, *found, attention, parts, heads[0], heads[-2])
+    block = EncoderBlock(layer, entry, *found, attention, parts, heads[0], heads[-2], heads[-2])
     _require_network_by_row(block)
     return block
 
@@ -173,7 +148,7 @@ def _attention(layers: Layers, layer: int) -> fx.Node:
             f"block {layer} of {layers.container} attends in {len(found)} parts, windows or images "
             "of different sizes",
             node=found[1],
-            hint="capture with images of one size, or " + _INSTEAD,
+            hint="capture with images of one size, or " + INSTEAD,
         )
     if not found:
         raise BlockMismatchError(
@@ -185,23 +160,32 @@ def _attention(layers: Layers, layer: int) -> fx.Node:
     return attention_of(layers, layer)
 
 
-def _require_whole(stage: Stage, blocks: tuple[EncoderBlock, ...]) -> None:
-    """All tokens of an image attend to all, in every block."""
+def _with_images(stage: Stage, blocks: tuple[EncoderBlock, ...]) -> tuple[EncoderBlock, ...]:
+    """The blocks, told how many images there are: in all of them as many.
+
+    Where the patches of all images stand in one row, the block that attends in the fewest parts
+    tells: its parts are the images.
+    """
     lead = _shape(blocks[0].entry)[:-1]
-    # where the patches of all images stand in one row, the blocks tell how many images there are
     images = lead[0] if len(lead) == 2 else min(block.images for block in blocks)
     tokens = math.prod(lead) // images
+    found = []
     for block in blocks:
+        groups, window = block.images, block.tokens
         for value in block.attention.args[:3]:
             heads = _shape(value)
-            if len(heads) != 4 or (heads[0], heads[2]) != (images, tokens):
+            inside = len(lead) == 1 and groups % images == 0 and groups * window == lead[0]
+            whole = (groups, window) == (images, tokens)
+            if len(heads) != 4 or (heads[0], heads[2]) != (groups, window) or not whole | inside:
                 raise BlockMismatchError(
                     f"attention of block {block.layer} of stage {stage.name} works on {heads}, "
                     f"where {images} image{'s' if images > 1 else ''} of {tokens} patches enter: "
-                    "it attends within windows",
+                    "not on all patches, nor on runs of them",
                     node=block.attention,
-                    hint=_INSTEAD,
+                    hint=INSTEAD,
                 )
+        found.append(replace(block, images=images, tokens=tokens, window=window))
+    return tuple(found)
 
 
 def _require_network_by_row(block: EncoderBlock) -> None:
@@ -211,7 +195,7 @@ def _require_network_by_row(block: EncoderBlock) -> None:
         raise BlockMismatchError(
             f"the feed-forward network of block {block.layer} reads other inputs than its rows",
             node=block.parts.ffn_out,
-            hint=_INSTEAD,
+            hint=INSTEAD,
         )
     try:
         RowAxes(graph)
@@ -219,7 +203,7 @@ def _require_network_by_row(block: EncoderBlock) -> None:
         raise BlockMismatchError(
             f"the feed-forward network of block {block.layer}: {error.what}",
             node=block.parts.ffn_out,
-            hint=_INSTEAD,
+            hint=INSTEAD,
         ) from error
 
 
@@ -232,13 +216,13 @@ def _projections(attention: fx.Node, rows: fx.Node) -> tuple[Projection, Project
     try:
         linear = [projection_of(value) for value in values]
     except PreconditionError as error:
-        raise BlockMismatchError(error.what, node=error.node, hint=_INSTEAD) from error
+        raise BlockMismatchError(error.what, node=error.node, hint=INSTEAD) from error
     for node in linear:
         if node.args[0] is not rows:
             raise BlockMismatchError(
                 "queries, keys and values are not projections of the same rows",
                 node=node,
-                hint=_INSTEAD,
+                hint=INSTEAD,
             )
     if len(set(linear)) == 3:
         one, two, three = (Projection(node, (0, int(_shape(node)[-1])), node) for node in linear)
@@ -248,13 +232,13 @@ def _projections(attention: fx.Node, rows: fx.Node) -> tuple[Projection, Project
     raise BlockMismatchError(
         "two of queries, keys and values share a projection, and the third has one of its own",
         node=attention,
-        hint=_INSTEAD,
+        hint=INSTEAD,
     )
 
 
 def _fused(linear: fx.Node, values: list[fx.Node]) -> tuple[Projection, Projection, Projection]:
     """What each of queries, keys and values takes of one projection to all three."""
-    places = _places(linear)
+    places = arrangements(linear)
     width = int(_shape(linear)[-1])
     found = []
     for value in values:
@@ -274,32 +258,10 @@ def _fused(linear: fx.Node, values: list[fx.Node]) -> tuple[Projection, Projecti
             raise BlockMismatchError(
                 "queries, keys and values of one projection do not stand side by side in it",
                 node=linear,
-                hint=_INSTEAD,
+                hint=INSTEAD,
             )
     one, two, three = found
     return one, two, three
-
-
-def _places(linear: fx.Node) -> dict[fx.Node, Tensor]:
-    """Which element of ``linear`` each element of its arrangements is, int64, in graph order."""
-    known: dict[fx.Node, Any] = {linear: torch.arange(math.prod(_shape(linear)))}
-    known[linear] = known[linear].view(_shape(linear))
-    for node in sorted(reached([linear], _arranged), key=_number(linear.graph).__getitem__):
-        if node is not linear:
-            target: Any = node.target
-            args = pytree.tree_map_only(fx.Node, known.__getitem__, node.args)
-            known[node] = target(*args)
-    del known[linear]
-    return {node: value for node, value in known.items() if isinstance(value, Tensor)}
-
-
-def _arranged(node: fx.Node) -> Iterable[fx.Node]:
-    """A step: what arranges a value anew."""
-    return [user for user in node.users if user.target in _LAYOUT and not user.kwargs]
-
-
-def _number(graph: fx.Graph) -> dict[fx.Node, int]:
-    return {node: number for number, node in enumerate(graph.nodes)}
 
 
 def _order(where: Tensor, linear: fx.Node, columns: tuple[int, int]) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from vlmopt.analysis.blocks import EncoderBlock, Projection
+from vlmopt.analysis.blocks import INSTEAD, EncoderBlock, Projection
 from vlmopt.analysis.token_axes import Dims, follow_tokens
 from vlmopt.errors import BlockMismatchError
 from vlmopt.pipeline.passes import PassContext
@@ -22,6 +22,7 @@ from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.region import gather_tokens
 from vlmopt.rewrite.rows import read_elsewhere, run_on_rows
 from vlmopt.rewrite.tokens import put_back, remove_unused
+from vlmopt.rewrite.windows import widen_windows
 
 aten = torch.ops.aten
 
@@ -66,11 +67,13 @@ def reuse_rows(
     """Let an encoder take its state, and compute the chosen rows of each block only.
 
     Keys are computed for all rows, and so are norms on the way to them. All else is computed for
-    the chosen rows: queries, attention, values and the feed-forward network.
+    the chosen rows: queries, attention, values and the feed-forward network. Where attention is
+    within windows, a mask says so: rows are chosen among those of the whole frame.
 
     Raises:
         BlockMismatchError: some part of a block mixes rows.
     """
+    blocks = widen_windows(stage, blocks, ctx)
     likeness = []
     for match, block in enumerate(blocks, start=1):
         likeness.append(_BlockReuse(stage, block, ctx, match).rewrite(choose))
@@ -150,7 +153,7 @@ class _BlockReuse:
             raise BlockMismatchError(
                 f"block {self.block.layer} combines rows of an image outside of attention",
                 node=axes.ends[0],
-                hint="reduce tokens in the language model instead, for example with v2drop",
+                hint=INSTEAD,
             )
         if rows is None:
             with graph.inserting_before(alias.next):
