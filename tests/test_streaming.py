@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vlmopt
 from vlmopt.errors import ArtifactError, OptionError, PreconditionError
+from vlmopt.passes.frames.stc_cacher import StcCacher
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Program
 from vlmopt.streaming import EncodedFrames, FrameEncoder, FrameSession
@@ -160,6 +161,42 @@ def test_a_scene_cut_is_computed_in_full() -> None:
     later = encoder(8).session()
     wanted = play(later, chunks[3:])
     assert all(same(one, two) for one, two in zip(results[3:], wanted, strict=True))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 6, 7])
+def test_lossless(rows: int) -> None:
+    """No row that changed is left out; where more changed than fit, the chunk runs in full."""
+    text = "stc-cacher{interval=9 ratio=0.25 lossless=true}"  # 6 of 25 rows
+    shared = FrameEncoder(program(text), backend="eager")
+    first = encoders.images(1)
+    later = first.clone()
+    places = [(3 * row) % 25 for row in range(rows)]
+    for place in places:  # too little for a cosine to tell from rounding, and not nothing
+        later[..., 8 * (place // 5), 8 * (place % 5)] += 1e-2
+    before, found = play(shared.session(), [first, later])
+    assert before.changed is None and found.changed is not None
+    assert found.reference == (rows == 7)
+    full = shared.session().encode(pixel_values=later)
+    if found.reference:
+        assert found.outputs.keys() == full.outputs.keys() and int(found.changed) == 7
+        assert all(value.equal(found.outputs[name]) for name, value in full.outputs.items())
+        return
+    one, other = (each.outputs["last_hidden_state"][0] for each in (before, found))
+    differing = torch.nonzero((one != other).any(-1))[:, 0].tolist()
+    assert set(places) <= set(differing) and len(differing) <= 6
+
+
+def test_lossless_by_other_rows_than_the_least_similar() -> None:
+    """Rows that point elsewhere come first among those that changed, longer ones count too."""
+    key, reference = torch.ones(1, 8, 4), torch.ones(8, 4)
+    key[0, 5] *= 3  # the cosine is 1
+    key[0, 7, 0] = -1
+    method = StcCacher(ratio=0.25, lossless=True)
+    slots, _, changed = method._choose(key, reference)
+    assert changed is not None
+    assert (slots.tolist(), changed.tolist()) == ([[5, 7]], [2])
+    slots, _, nothing = StcCacher(ratio=0.25)._choose(key, reference)
+    assert (slots.tolist(), nothing) == ([[0, 7]], None)
 
 
 class OneBlock(nn.Module):

@@ -9,14 +9,14 @@ Token Compression", arXiv 2512.00891; the rule for scene cuts is not in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vlmopt.errors import ArtifactError, OptionError, PreconditionError
 from vlmopt.program import Program, Role
-from vlmopt.rewrite.reuse import REUSE, STATE
+from vlmopt.rewrite.reuse import CHANGED, REUSE, STATE
 from vlmopt.runtime.model import BACKENDS, compile_stage
 
 
@@ -29,11 +29,18 @@ class EncodedFrames:
         reference: the chunk was computed in full, and its last frame is remembered.
         similarity: float32 ``[frames]``, how much each frame resembles the reference frame;
             ``None`` where none was looked at.
+        changed: int64 ``[frames]``, how many rows of each frame differ from the reference frame;
+            ``None`` where nobody counts.
     """
 
     outputs: dict[str, Tensor]
     reference: bool
     similarity: Tensor | None = None
+    changed: Tensor | None = None
+
+    def misses(self, rows: int) -> bool:
+        """Whether more rows changed than were computed, where none may be left out."""
+        return self.changed is not None and int(self.changed.max()) > rows
 
 
 class FrameEncoder:
@@ -60,6 +67,7 @@ class FrameEncoder:
                 hint="run a pass first: vlmopt.run_pipeline(program, 'stc-cacher')",
             )
         self.interval: int = facts["interval"]
+        self.rows: int = facts["rows"]
         self.stage, self.selective = (program[name] for name in facts["stages"])
         self._run = compile_stage(self.stage, backend)
         self._run_selective = compile_stage(self.selective, backend)
@@ -84,16 +92,14 @@ class FrameEncoder:
         named = {p.name: r for p, r in zip(self.stage.outputs, results, strict=True)}
         return named, [named.pop(port.name) for port in self.state]
 
-    def encode_changes(
-        self, values: Mapping[str, Tensor], state: list[Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Outputs of the encoder by name, and the similarity to the reference frame."""
+    def encode_changes(self, values: Mapping[str, Tensor], state: list[Tensor]) -> EncodedFrames:
+        """A chunk of which some rows are taken from the state."""
         given = self._given(values)
         with torch.no_grad():
             results = self._run_selective(*given, *state)
         named = {p.name: r for p, r in zip(self.selective.outputs, results, strict=True)}
-        (port,) = self.selective.find_outputs(Role.FRAME_SIMILARITY)
-        return named, named.pop(port.name)
+        similarity = named.pop(Role.FRAME_SIMILARITY.value)
+        return EncodedFrames(named, False, similarity, named.pop(CHANGED, None))
 
     def _given(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         given = []
@@ -141,17 +147,21 @@ class FrameSession:
         Raises:
             PreconditionError: other shapes than those captured.
         """
-        similarity = None
+        tried = EncodedFrames({}, True)
         if self.since is not None and self.since + 1 < self.encoder.interval:
-            outputs, similarity = self.encoder.encode_changes(values, self._state)
-            if self.cut is None or float(similarity.min()) >= self.cut:
+            tried = self.encoder.encode_changes(values, self._state)
+            if not self._is_cut(tried) and not tried.misses(self.encoder.rows):
                 self.since += 1
-                return EncodedFrames(outputs, False, similarity)
+                return tried
         outputs, state = self.encoder.encode_in_full(values)
         for buffer, value in zip(self._state, state, strict=True):
             buffer.copy_(value)
         self.since = 0
-        return EncodedFrames(outputs, True, similarity)
+        return replace(tried, outputs=outputs, reference=True)
+
+    def _is_cut(self, found: EncodedFrames) -> bool:
+        assert found.similarity is not None
+        return self.cut is not None and float(found.similarity.min()) < self.cut
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the stream remembers, as tensors that do not change any more."""

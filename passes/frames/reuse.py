@@ -58,6 +58,15 @@ def similarity(key: Tensor, reference: Tensor, metric: str) -> Tensor:
     return torch.where(cosine < 1 - _SAME, cosine, 1.0)
 
 
+def differ(key: Tensor, reference: Tensor) -> Tensor:
+    """Which rows differ from those of the reference frame, by more than rounding.
+
+    Returns:
+        bool ``[frames, tokens]``; see :func:`similarity`.
+    """
+    return similarity(key, reference, "l2") < 0
+
+
 def least_similar(similar: Tensor, count: int) -> Tensor:
     """The ``count`` rows of lowest similarity of each frame; of equal ones, those in front.
 

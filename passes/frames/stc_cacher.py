@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from vlmopt.analysis.blocks import EncoderBlock, find_blocks
@@ -33,6 +34,11 @@ class StcCacher(Pass):
     stream of the other rows it adds what the reference frame got. Several images given at once are
     frames of one stream, one after the other.
 
+    With ``lossless`` rows that changed at all, by more than rounding, come first, and a frame of
+    which more rows change than ``ratio`` allows is computed in full. Then whatever works on each
+    row on its own is exact: a row that is reused is one that a full pass would compute from the
+    same numbers. Attention is not: reused rows do not see that others changed.
+
     Which stage runs is up to :class:`vlmopt.streaming.FrameEncoder`, by ``interval``.
 
     Reference: "Accelerating Streaming Video Large Language Models via Hierarchical Token
@@ -50,6 +56,9 @@ class StcCacher(Pass):
     interval: int = option(2, "chunks of frames from one computed in full to the next", ge=1)
     ratio: float = option(0.25, "share of the rows of a frame computed anew", gt=0, le=1)
     metric: str = option("cosine", "how rows of keys are compared", choices=reuse.METRICS)
+    lossless: bool = option(
+        False, "leave out no row that changed at all; frames of which more change run in full"
+    )
 
     def requires(self, program: Program) -> None:
         stage = encoder_stage(program)
@@ -69,27 +78,32 @@ class StcCacher(Pass):
         name = stage.name + SELECTIVE
         selective = replace(stage.clone(), name=name)
         blocks = _blocks(selective)
+        count = reuse.rows_to_update(blocks[0].tokens, self.ratio)
         reuse_rows(selective, blocks, self._choose, ctx)
         give_state(stage, _blocks(stage), ctx)
         for one in (stage, selective):
             one.facts[REUSE] = {
                 "interval": self.interval,
                 "frames": blocks[0].images,
+                "rows": count,
                 "stages": [stage.name, name],
                 "by": ctx.spec,
             }
         stages = list(program.stages.items())
         at = 1 + next(i for i, (_, one) in enumerate(stages) if one is stage)
         program.stages = dict([*stages[:at], (name, selective), *stages[at:]])
-        count = reuse.rows_to_update(blocks[0].tokens, self.ratio)
         ctx.remark(f"{count} of {blocks[0].tokens} rows of a frame are computed", stage=name)
         reused = (blocks[0].tokens - count) * len(blocks)
         return PassResult(True, len(blocks), {"rows_reused": reused})
 
-    def _choose(self, key: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, key: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         similar = reuse.similarity(key, reference, self.metric)
         count = reuse.rows_to_update(key.shape[1], self.ratio)
-        return reuse.least_similar(similar, count), similar.mean(-1)
+        if not self.lossless:
+            return reuse.least_similar(similar, count), similar.mean(-1), None
+        changed = reuse.differ(key, reference)
+        first = torch.where(changed, similar, float("inf"))
+        return reuse.least_similar(first, count), similar.mean(-1), changed.sum(-1)
 
 
 def _blocks(stage: Stage) -> tuple[EncoderBlock, ...]:

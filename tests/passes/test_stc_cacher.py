@@ -325,7 +325,7 @@ def test_windows_of_another_order_are_refused() -> None:
         run_pipeline(program, "stc-cacher")
 
 
-class Columns(encoders.Attention):
+class Columns(encoders.Attention):  # type: ignore[misc]
     """Of 16 rows, a grid of so many columns, each attends within its column."""
 
     columns = 4

@@ -36,12 +36,18 @@ STATE = (
 
 REUSE = "reuse"
 """Among the facts of both stages: ``interval`` of chunks from one reference to the next, ``frames``
-of a chunk, ``stages``, the names of both, and the pass ``by`` which they were made."""
+of a chunk, ``rows`` of a frame that are computed, ``stages``, the names of both, and the pass
+``by`` which they were made."""
 
-Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+CHANGED = "changed_rows"
+"""Output of the second stage, where asked for: int64 ``[frames]``, the most rows of a frame that
+differ from the reference frame in any block: behind the first, also those computed though they did
+not change. With more than fit, some that changed were not computed."""
+
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """``(key [frames, tokens, width], reference [tokens, width])``: the rows to compute, int64
-``[frames, rows]``, ascending; and how much a frame resembles the reference, float32 ``[frames]``.
-"""
+``[frames, rows]``, ascending; how much a frame resembles the reference, float32 ``[frames]``; and
+how many of its rows differ, int64 ``[frames]``, if that is to be known."""
 
 
 def give_state(stage: Stage, blocks: Sequence[EncoderBlock], ctx: PassContext) -> None:
@@ -74,15 +80,20 @@ def reuse_rows(
         BlockMismatchError: some part of a block mixes rows.
     """
     blocks = widen_windows(stage, blocks, ctx)
-    likeness = []
-    for match, block in enumerate(blocks, start=1):
-        likeness.append(_BlockReuse(stage, block, ctx, match).rewrite(choose))
+    found = [
+        _BlockReuse(stage, block, ctx, match).rewrite(choose)
+        for match, block in enumerate(blocks, start=1)
+    ]
+    likeness, changed = zip(*found, strict=True)
     emit = Emitter.of_pass(ctx, stage, likeness[-1], "reuse", len(blocks))
-    with stage.graph.inserting_before(stage.graph.output_node()):
-        mean = emit.trace(
-            lambda *each: torch.stack(each).mean(0), *likeness, names=("frame_similarity",)
-        )
-    stage.add_output(Port(Role.FRAME_SIMILARITY.value, Role.FRAME_SIMILARITY), mean)
+    for role, name, values, combine in (
+        (Role.FRAME_SIMILARITY, Role.FRAME_SIMILARITY.value, likeness, _mean),
+        (Role.COUNTS, CHANGED, changed, _most),
+    ):
+        if values[0] is not None:
+            with stage.graph.inserting_before(stage.graph.output_node()):
+                of_all = emit.trace(combine, *values, names=(name,))
+            stage.add_output(Port(name, role), of_all)
     remove_unused(stage)
 
 
@@ -95,21 +106,21 @@ class _BlockReuse:
     ctx: PassContext
     match: int
 
-    def rewrite(self, choose: Choose) -> fx.Node:
-        """Rewrite the block; how much each frame resembles the reference, float32 ``[frames]``."""
+    def rewrite(self, choose: Choose) -> tuple[fx.Node, fx.Node | None]:
+        """Rewrite the block; how much each frame resembles the reference, how many rows differ."""
         parts = self.block.parts
         query, key, value = self._projections()
         shape = self.block.images, self.block.tokens, key.width
         widths = key.width, value.width, *[int(parts.out.meta["val"].shape[-1])] * 2
         reference = [self._state(role, w) for role, w in zip(STATE, widths, strict=True)]
 
-        def chosen(key: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        def chosen(key: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             return choose(key.view(shape), reference)
 
         graph, emit = self.stage.graph, self._emitter(key.linear)
         with graph.inserting_before(key.linear.next):
             given = chosen, key.linear, reference[0]
-            slots, likeness = emit.trace(*given, names=("slots", "likeness"))
+            slots, likeness, changed = emit.trace(*given, names=("slots", "likeness", "changed"))
             rows = gather_tokens(
                 emit, parts.attention_in, self._dims(parts.attention_in), lambda _: slots, name="u"
             )
@@ -119,7 +130,7 @@ class _BlockReuse:
         )
         reading = [user for user in self.block.middle.users if user is not parts.out]
         self._run(self.block.middle, reading, parts.ffn_out, slots, reference[3])
-        return likeness
+        return likeness, changed
 
     def _run(
         self,
@@ -206,6 +217,14 @@ class _BlockReuse:
 
     def _emitter(self, place: fx.Node) -> Emitter:
         return Emitter.of_pass(self.ctx, self.stage, place, "reuse", self.match)
+
+
+def _mean(*each: Tensor) -> Tensor:
+    return torch.stack(each).mean(0)
+
+
+def _most(*each: Tensor) -> Tensor:
+    return torch.stack(each).amax(0)
 
 
 def _move_behind(value: fx.Node, node: fx.Node) -> None:
