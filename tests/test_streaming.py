@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
+from pathlib import Path
 
 import encoders
 import pytest
@@ -226,6 +228,17 @@ def test_compiled() -> None:
     for one, other in zip(found, wanted, strict=True):
         for name, value in one.outputs.items():
             torch.testing.assert_close(value, other.outputs[name], atol=1e-5, rtol=1e-5)
+
+
+def test_the_example_of_the_page() -> None:
+    page = Path(__file__).parents[1] / "docs" / "streaming.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    block = block.replace("FrameEncoder(program)", 'FrameEncoder(program, backend="eager")')
+    chunks = clip(12, 6)
+    scope = {"encoder": encoders.build("siglip"), "first_frame": chunks[0], "video": chunks}
+    exec(block, scope)  # noqa: S102 - what the page tells users to run
+    wanted = play(encoder(4).session(cut=0.5), chunks)[-1]
+    assert same(scope["encoded"], wanted)  # type: ignore[arg-type]
 
 
 def test_errors() -> None:

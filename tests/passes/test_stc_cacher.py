@@ -260,6 +260,23 @@ def test_the_same_frame_again_is_the_full_pass(metric: str) -> None:
         agree(found[key], value)
 
 
+def test_bfloat16() -> None:
+    """The state has the type of the model; scores are float32."""
+    model = encoders.build("clip").bfloat16()
+    first, later = (chunk.bfloat16() for chunk in moving(encoders.images(1), 2, 25))
+    both = stages(vlmopt.capture(model, (first,)), "stc-cacher")
+    wanted, state = reference(both[0], [first])
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    found = selective(both[1], [first], state)
+    assert found["frame_similarity"].dtype == torch.float32
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=0.1, rtol=0.05)
+    # which rows are computed is another matter: states of others are far from right
+    rows = selective(both[1], [later], state)["last_hidden_state"]
+    full = reference(both[0], [later])[0]["last_hidden_state"]
+    assert (rows - full).abs().max() > 0.5
+
+
 def test_a_small_ratio_computes_one_row() -> None:
     both = stages(captured("siglip", 1), "stc-cacher{ratio=0.01}")
     assert row_counts(both[1], "q_proj") == {1}
@@ -500,3 +517,18 @@ def run_onnx(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     session = onnxruntime.InferenceSession(path)
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, given), strict=True))
+
+
+def test_within_a_vision_language_model() -> None:
+    """Beside its other stages, and before a pass that drops tokens."""
+    program = vlmopt.capture(zoo.build("llava", layers=2), zoo.inputs("llava"))
+    plain = program.clone()
+    run_pipeline(program, "stc-cacher | v2drop{layers=1 keep=0.5}", verify="full")
+    assert list(program.stages)[:2] == ["vision_encoder", "vision_encoder_selective"]
+    assert set(program.stages) - set(plain.stages) == {"vision_encoder_selective"}
+    chunk = zoo.inputs("llava")["pixel_values"]
+    given = [chunk for _ in program["vision_encoder"].inputs]
+    wanted, state = reference(program["vision_encoder"], given)
+    (before,) = plain["vision_encoder"].graph_module(*given)
+    assert next(iter(wanted.values())).equal(before)
+    agree(selective(program["vision_encoder_selective"], given, state)[next(iter(wanted))], before)
