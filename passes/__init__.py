@@ -33,6 +33,7 @@ PASSES = {
     "modes": "vlmopt.passes.experts.modes:MoDES",
     "expert-topk": "vlmopt.passes.experts.expert_topk:ExpertTopK",
     "naee": "vlmopt.passes.experts.naee:Naee",
+    "stc-cacher": "vlmopt.passes.frames.stc_cacher:StcCacher",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

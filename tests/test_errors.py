@@ -209,6 +209,29 @@ all 4 experts compute all tokens, whatever the router chooses
     )
 
 
+class Mixer(Block):
+    """Tokens mixed by no attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.norm(x).mean(1, keepdim=True)
+        mlp: torch.Tensor = self.down(self.up(x))
+        return x + mlp
+
+
+def test_block_mismatch() -> None:
+    model = Decoder()
+    model.layers = nn.ModuleList(Mixer(16) for _ in range(2))
+    program = vlmopt.capture(model, (torch.randn(1, 6, 16),))
+    assert_expected_inline(
+        message(errors.BlockMismatchError, lambda: run_pipeline(program, "stc-cacher")),
+        """\
+block 0 of layers has no attention operator (scaled_dot_product_attention)
+  at:  %x
+  try: capture the model with attn_implementation='sdpa'
+  in:  pass 1 of 1, stc-cacher""",
+    )
+
+
 def test_no_match() -> None:
     class Idle(Failing):
         name = "idle"

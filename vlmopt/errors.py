@@ -73,6 +73,10 @@ class ExpertMismatchError(PreconditionError):
     """Tokens are routed to experts, but the block is built in a way that no pass can rewrite."""
 
 
+class BlockMismatchError(PreconditionError):
+    """The blocks of a vision encoder are built in a way that no pass can rewrite."""
+
+
 class NoMatchError(VlmoptError):
     """A pass found nothing to rewrite although the pipeline asked for it."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.streams import Layer, StreamedLayer
 from safetensors.torch import load_file
 
 import vlmopt
@@ -22,6 +23,7 @@ from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.experts import frontier
 from vlmopt.passes.experts.bypass import Bypass
 from vlmopt.passes.experts.modes import MoDES
+from vlmopt.passes.frames import novelty, reuse
 from vlmopt.passes.tokens import classes, select
 from vlmopt.passes.tokens.apet import ApET, approximation_error
 from vlmopt.passes.tokens.duet_vlm import DuetEncoder, DuetVlm
@@ -456,3 +458,52 @@ def test_modes_frontier() -> None:
         assert found.vision == wanted["frontier_vision_index"]
         assert found.harm == wanted["frontier_f"]
         assert len(found.evaluated) <= wanted["pairs_evaluated"]
+
+
+def streamed_layers(tensors: dict[str, Any], given: dict[str, Any]) -> list[Layer]:
+    layers = []
+    for layer in range(given["layers"]):
+        start = f"w.{layer}."
+        weights = {k.removeprefix(start): v.float() for k, v in tensors.items() if start in k}
+        layers.append(Layer.of_weights(weights, heads=given["heads"], eps=given["ln_eps"]))
+    return layers
+
+
+def test_stc_cacher() -> None:
+    """The eager reference of the other tests, and that the product chooses the same rows."""
+    for description, tensors in cases("01-stc", "cacher"):
+        given = description["parameters"]
+        layers = [StreamedLayer(layer) for layer in streamed_layers(tensors, given)]
+        count = reuse.rows_to_update(given["tokens"], given["update_token_ratio"])
+        for frame in range(given["frames"]):
+            x = tensors[f"frame{frame}.x"].float()[None]
+            for layer in layers:
+                if reuse.is_reference(frame, given["cache_interval"]):
+                    x = layer.reference(x)
+                else:
+                    x = layer.selective(x, count)
+                    chosen = reuse.choose(
+                        layer.keys, layer.state[0], given["update_token_ratio"], "cosine"
+                    )
+                    assert chosen.tolist() == layer.chosen
+            torch.testing.assert_close(x[0], tensors[f"frame{frame}.out"], atol=1e-4, rtol=1e-4)
+
+
+def test_stc_pruner() -> None:
+    for description, tensors in cases("01-stc"):
+        given = description["parameters"]
+        frames, tokens = given["frames_per_chunk"], given["tokens_per_frame"]
+        memory = None
+        for chunk in range(given["chunks"]):
+            features = tensors[f"chunk{chunk}.features"].float().unflatten(0, (frames, tokens))
+            memory = novelty.remember(
+                memory, features, ratio=given["channel_keep_ratio"], strict_original=True
+            )
+            mean = features[..., memory.channels].mean((0, 1))
+            torch.testing.assert_close(mean, tensors[f"chunk{chunk}.chunk_mean"])
+            count = given["token_per_frame_kept"]
+            kept = novelty.newest(features, memory, count, strategy="gaussian")
+            offset = torch.arange(frames)[:, None] * tokens
+            assert (kept + offset).flatten().tolist() == tensors[
+                f"chunk{chunk}.kept_index"
+            ].tolist()

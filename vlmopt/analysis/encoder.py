@@ -71,7 +71,7 @@ def find_encoder(stage: Stage) -> Encoder:
             node=entry,
             hint="capture with images of one size",
         )
-    _require_open(stage, layers)
+    require_open(stage, layers)
     special = special_tokens(stage, layers)
     return Encoder(stage, layers, special, tokens - special, batch)
 
@@ -110,8 +110,12 @@ def _require_images(stage: Stage) -> None:
         )
 
 
-def _require_open(stage: Stage, layers: Layers) -> None:
-    """Refuse attention in which some tokens do not see some others."""
+def require_open(stage: Stage, layers: Layers) -> None:
+    """Refuse attention in which some tokens do not see some others.
+
+    Raises:
+        PreconditionError: there is some.
+    """
     for node in layers.of:
         if node.target is not aten.scaled_dot_product_attention.default:
             continue

@@ -25,13 +25,13 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class Sublayers:
-    """The two halves of a layer, ``[batch, tokens, width]`` each.
+    """The two halves of a layer, ``[batch, tokens, width]`` each, as its residual stream is.
 
     Attributes:
         attention_in: what the projections of attention read, after the norm.
         attention_out: what is added to the residual stream for attention.
         ffn_in, ffn_out: likewise for the feed-forward network.
-        out: residual stream after the layer.
+        out: residual stream after the layer; before the last norm of one that ends with it.
         middle: residual stream between the two; ``None`` where both read what enters the layer.
     """
 
@@ -85,7 +85,8 @@ def projection_of(value: fx.Node) -> fx.Node:
 def sublayers(layers: Layers, layer: int) -> Sublayers:
     """The halves of a layer that adds attention and a feed-forward network to its input.
 
-    The network reads the sum of input and attention, or beside attention the input alone.
+    The network reads the sum of input and attention, or that sum after a norm which then takes its
+    place, or beside attention the input alone.
 
     Raises:
         PreconditionError: the layer is built otherwise.
@@ -107,6 +108,10 @@ def sublayers(layers: Layers, layer: int) -> Sublayers:
         ffn_in = _first_linear_input(inside, after, first_sum)
         return Sublayers(attention_in, attention_out, ffn_in, ffn_out, out, first_sum)
     parallel = _residual(first_sum, inside, beside)
+    if parallel is None and (normed := _residual_of_norm(first_sum, inside, after)) is not None:
+        middle, out, ffn_out = normed
+        ffn_in = _first_linear_input(inside, _reached(middle, set(inside)), middle)
+        return Sublayers(attention_in, attention_out, ffn_in, ffn_out, out, middle)
     if parallel is not None:
         out, ffn_out = parallel
     else:  # both parts are summed before the input is added to them
@@ -175,15 +180,28 @@ def _residual(
     return None
 
 
+def _residual_of_norm(
+    total: fx.Node, inside: list[fx.Node], after: set[fx.Node]
+) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """``(stream, sum, what is added)`` where a norm of ``total`` is what a network is added to."""
+    norms = [node for node in inside if node in after and node.target is aten.layer_norm.default]
+    for stream in norms:
+        found = _residual(stream, inside, after & _reached(stream, after) - {stream})
+        if stream.args[0] is total and found is not None:
+            return stream, *found
+    return None
+
+
 def _first_linear_input(inside: list[fx.Node], among: set[fx.Node], stream: fx.Node) -> fx.Node:
-    """What the first projection reads, with the tokens in a dimension of their own."""
+    """What the first projection reads, with as many dimensions as the residual stream has."""
+    rank = stream.meta["val"].ndim
     for node in inside:
         if node in among and node.target is aten.linear.default:
             value = node.args[0]
-            while isinstance(value, fx.Node) and value.meta["val"].ndim != 3:
+            while isinstance(value, fx.Node) and value.meta["val"].ndim != rank:
                 if value.target not in _LAYOUT:
                     break
                 value = value.args[0]
-            if isinstance(value, fx.Node) and value.meta["val"].ndim == 3:
+            if isinstance(value, fx.Node) and value.meta["val"].ndim == rank:
                 return value
     raise PreconditionError("a layer has no projection of its residual stream", node=stream)

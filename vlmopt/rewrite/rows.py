@@ -179,22 +179,42 @@ class RowRewrite:
         end: fx.Node,
     ) -> None:
         """Run what lies between on ``rows``; for the others ``end`` is zero."""
-        graph = self.stage.graph
-        frontier = {}
-        for value, dims in axes.frontier.items():
-            with graph.inserting_before(value.next if value > shorter else shorter.next):
-                frontier[value] = gather_tokens(
-                    emit, value, dims, lambda _: rows.slots, name=f"rows_{value.name}"
-                )
-        users = [user for user in end.users if user not in axes.dims and user not in axes.ends]
-        tokens = rows.modality
-        shorten_region(axes, emit, starts={start: shorter}, length=rows.count, frontier=frontier)
-        with graph.inserting_before(end.next):
+        reading = read_elsewhere(end, axes)
+        run_on_rows(axes, emit, start, shorter, rows.slots, rows.count)
+        with self.stage.graph.inserting_before(end.next):
             whole = self.emitter(end).trace(
-                _among_zeros, tokens, rows.slots, rows.valid, end, names=("restored",)
+                _among_zeros, rows.modality, rows.slots, rows.valid, end, names=("restored",)
             )
-        for user in users:
+        for user in reading:
             user.replace_input_with(end, whole)
+
+
+def run_on_rows(
+    axes: TokenAxes,
+    emit: Emitter,
+    start: fx.Node,
+    shorter: fx.Node,
+    slots: fx.Node,
+    count: int | fx.Node,
+) -> None:
+    """Run what :func:`follow_tokens` found between a value and its stops on some rows only.
+
+    Args:
+        axes: of ``start``.
+        shorter: the rows ``slots`` of ``start``, int64 ``[batch, count]``.
+    """
+    frontier = {}
+    for value, dims in axes.frontier.items():
+        with emit.graph.inserting_before(value.next if value > shorter else shorter.next):
+            frontier[value] = gather_tokens(
+                emit, value, dims, lambda _: slots, name=f"rows_{value.name}"
+            )
+    shorten_region(axes, emit, starts={start: shorter}, length=count, frontier=frontier)
+
+
+def read_elsewhere(end: fx.Node, axes: TokenAxes) -> list[fx.Node]:
+    """What reads the end of a region, outside of that region."""
+    return [user for user in end.users if user not in axes.dims and user not in axes.ends]
 
 
 _KEPT = ("scale", "enable_gqa")

@@ -32,6 +32,7 @@ from vlmopt.lowering.experts import (
 from vlmopt.lowering.onednn import with_packed_weights
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
+from vlmopt.rewrite.reuse import REUSE
 from vlmopt.runtime.cache import RaggedCache
 from vlmopt.runtime.encoder import RETRIEVED, EncoderStage, OutputForm, bind, runs_encoder
 from vlmopt.tracing import capture, layout_of, modality_of, submodules
@@ -73,11 +74,23 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
         inputs = {name: value for name, value in inputs.items() if name not in RETRIEVED}
     program = capture(model, inputs)
     report = run_pipeline(program, passes)
+    _require_no_streams(program)
     if "model" in program:
         return OptimizedModule(program, report, backend)
     engine = Engine(model, partial(run_pipeline, pipeline=passes), backend)
     engine.add(program, report, inputs)
     return engine.twin
+
+
+def _require_no_streams(program: Program) -> None:
+    facts = next((stage.facts[REUSE] for stage in program if REUSE in stage.facts), None)
+    if facts is not None:
+        raise PreconditionError(
+            f"{facts['by']} makes an encoder for streams of frames: which of its stages runs "
+            "depends on what came before, and a model's forward does not know",
+            hint="capture the model, run the pipeline on the program, and give that to "
+            "vlmopt.streaming.FrameEncoder",
+        )
 
 
 class OptimizedModule(nn.Module):

@@ -1,0 +1,1 @@
+"""Methods for streams of frames: what did not change is reused, what is not new is left out."""
