@@ -405,12 +405,8 @@ def _looped(
     results = _computed_from(ids)
     sums = [node for node in results if node.target is aten.index_add.default]
     reads = [node for node in results if node.target is aten.index.Tensor]
-    weighing = tuple(
-        node
-        for node in reads
-        if _shape(node.args[0]) == _shape(ids) and node.args[0] not in results
-    )
-    taking = [node for node in reads if node not in weighing and node.args[0] not in results]
+    weighing = tuple(node for node in reads if _shape(node.args[0]) == _shape(ids))
+    taking = [n for n in reads if n not in weighing and n.args[0] not in results]
     weights = {node.args[0] for node in weighing}
     rows = {cast("fx.Node", node.args[0]) for node in taking}
     if not sums or len(weights) != 1 or len(rows) != 1:
