@@ -6,7 +6,7 @@ import importlib.util
 import random
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import vlmopt
 from vlmopt import digits
+from vlmopt.analysis.experts import find_experts
+from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.runtime.model import Engine
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -23,8 +27,8 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "train_digit_vlm.py"
 
 
 @cache
-def bundled() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    return digits.load_model()
+def bundled(name: str = "digits") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    return digits.load_model(name=name)
 
 
 @cache
@@ -148,19 +152,21 @@ def test_batch_pads_on_the_left() -> None:
         digits.batch(processor, [samples[0][0]], [])
 
 
-def test_bundled_model_is_the_documented_one() -> None:
+@pytest.mark.parametrize("name", digits.MODELS)
+def test_bundled_model_is_the_documented_one(name: str) -> None:
     from transformers import AutoProcessor
 
-    model, processor = bundled()
+    model, processor = bundled(name)
     assert not model.training
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert 1e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 4e6
+    card = (digits.asset_dir(name) / "README.md").read_text(encoding="utf-8")
+    assert f"of {sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card
     decoder: Any = model.config.text_config
     assert decoder.num_hidden_layers >= 6
     assert decoder._attn_implementation == "sdpa"
-    assert (digits.asset_dir() / "model.safetensors").stat().st_size < 10_000_000
+    assert (digits.asset_dir(name) / "model.safetensors").stat().st_size < 10_000_000
     auto: Any = AutoProcessor
-    automatic = auto.from_pretrained(digits.asset_dir(), local_files_only=True)
+    automatic = auto.from_pretrained(digits.asset_dir(name), local_files_only=True)
     assert type(automatic) is type(processor)
 
 
@@ -173,11 +179,45 @@ def test_chat_template_gives_the_prompt() -> None:
     assert template(messages, add_generation_prompt=True) == digits.prompt(text)
 
 
-def test_heldout_accuracy() -> None:
-    model, processor = bundled()
+@pytest.mark.parametrize("name", digits.MODELS)
+def test_heldout_accuracy(name: str) -> None:
+    model, processor = bundled(name)
     tallies = digits.evaluate(model, processor, digits.heldout_samples(150, seed=11))
     assert sum(tally.total for tally in tallies.values()) == 150
     assert sum(tally.correct for tally in tallies.values()) >= 0.93 * 150, tallies
+
+
+def test_experts_are_found_and_skipped() -> None:
+    model, processor = bundled("digits-moe")
+    samples = digits.heldout_samples(12, seed=13)
+    inputs = digits.batch(processor, [scene for scene, _ in samples], [ask for _, ask in samples])
+    program = vlmopt.capture(model, dict(inputs))
+    for stage in ("language_model", "decode"):
+        found = find_experts(program[stage])
+        assert [block.layer for block in found.blocks] == list(range(8))
+        assert {(block.experts, block.k) for block in found.blocks} == {(16, 4)}
+        assert not found.misses
+    engine = Engine(model, partial(run_pipeline, pipeline="modes{text=0.05 vision=0.1}"), "eager")
+    engine.capture = lambda inputs: program  # once is enough
+    replies = digits.answer(model, processor, samples)
+    assert digits.answer(engine.twin, processor, samples) == replies
+
+
+def test_a_mixture_that_computes_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All slices, weighed alike: nothing is lost between the dense model and its experts."""
+    tool = training_tool()
+    monkeypatch.setattr(tool, "UPCYCLING_NOISE", 0.0)
+    monkeypatch.setattr(tool, "ROUTER_STD", 0.0)
+    dense, processor = bundled()
+    size = tool.Mixture(experts=5, top=5, width=64)
+    mixed = tool.build_model(processor.tokenizer, size).eval()
+    tool.upcycle(mixed, dense, size)
+    ((scene, question),) = digits.heldout_samples(1)
+    inputs = digits.batch(processor, [scene], [question])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            mixed(**inputs).logits, dense(**inputs).logits, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_blank_image_is_seen_as_blank() -> None:

@@ -1,9 +1,11 @@
-"""Trains the small vision-language model that is bundled with vlmopt.
+"""Trains the small vision-language models that are bundled with vlmopt.
 
-The model is a ``LlavaForConditionalGeneration``: a CLIP vision tower, a two-layer projector and a
+A model is a ``LlavaForConditionalGeneration``: a CLIP vision tower, a two-layer projector and a
 Llama decoder. It answers questions about scenes of handwritten digits (see ``vlmopt.digits``). The
 digits are those of scikit-learn; one fifth of the images is held out, and the finished model is
-measured on scenes made of these alone, by greedy generation from prompts the processor built.
+measured on scenes made of these alone, by greedy generation from prompts the processor built. With
+``--experts`` the decoder is a Mixtral, and training begins with the weights of the bundled dense
+model. The cards of the bundled models name the commands that made them.
 
 Example:
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import (
         LlavaForConditionalGeneration,
         LlavaProcessor,
+        PreTrainedConfig,
         PreTrainedTokenizerFast,
     )
 
@@ -47,6 +50,11 @@ VISION_LAYERS = 3
 DECODER_LAYERS = 8
 VISION_FFN = 384
 DECODER_FFN = 320
+
+# Of the weights of experts that begin as slices of a dense network, noise to deviation.
+UPCYCLING_NOISE = 0.3
+# Logits of routers then differ by about 1: they read normalised vectors of HIDDEN values.
+ROUTER_STD = HIDDEN**-0.5
 
 QUESTIONS_PER_SCENE: dict[QuestionKind, int] = {"position": 5, "count": 4, "presence": 3}
 # Greatest share of the time limit that goes into the vision tower alone.
@@ -162,21 +170,65 @@ def build_processor() -> LlavaProcessor:
     return cast("LlavaProcessor", processor)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+@dataclass(frozen=True)
+class Mixture:
+    """Size of the mixtures of experts of a decoder.
+
+    Attributes:
+        experts: of each layer.
+        top: experts that each token takes.
+        width: inner width of an expert; a divisor of ``DECODER_FFN``.
+    """
+
+    experts: int
+    top: int
+    width: int
+
+
+def text_config(tokenizer: PreTrainedTokenizerFast, mixture: Mixture | None) -> PreTrainedConfig:
+    """Of the decoder: Llama, or with experts Mixtral, whose attention is the same."""
+    from transformers import LlamaConfig, MixtralConfig
+
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": DECODER_LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": True,
+        **special_ids(tokenizer),
+    }
+    if mixture is None:
+        return LlamaConfig(intermediate_size=DECODER_FFN, **shape)
+    return MixtralConfig(
+        intermediate_size=mixture.width,
+        num_local_experts=mixture.experts,
+        num_experts_per_tok=mixture.top,
+        **shape,
+    )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Ids of the special tokens, as configurations name them."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, mixture: Mixture | None = None
+) -> LlavaForConditionalGeneration:
     """A freshly initialised model; seed torch first for a repeatable one."""
     from transformers import (
         CLIPVisionConfig,
         GenerationConfig,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
     )
 
-    ids = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=VISION_FFN,
@@ -187,21 +239,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         projection_dim=HIDDEN,
         hidden_act="gelu",
     )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=DECODER_FFN,
-        num_hidden_layers=DECODER_LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=256,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        **ids,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=text_config(tokenizer, mixture),
         image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_seq_length=VISUAL_TOKENS,
         vision_feature_select_strategy="default",
@@ -211,9 +251,48 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     )
     config._attn_implementation = "sdpa"
     model = LlavaForConditionalGeneration(config)
-    greedy = cast(Any, GenerationConfig)(do_sample=False, max_new_tokens=4, **ids)
+    greedy = cast(Any, GenerationConfig)(
+        do_sample=False, max_new_tokens=4, **special_ids(tokenizer)
+    )
     model.generation_config = greedy
     return model
+
+
+@torch.no_grad()
+def upcycle(
+    model: LlavaForConditionalGeneration, dense: LlavaForConditionalGeneration, mixture: Mixture
+) -> None:
+    """Begins a mixture of experts with the weights of a dense model, in place.
+
+    An expert begins as a slice of the feed-forward network and noise, so that experts that begin
+    with the same slice differ; all else but the routers, which stay random, is copied (sparse
+    upcycling, arXiv 2212.05055).
+
+    Args:
+        model: with experts, freshly initialised.
+        dense: of the same shape without experts.
+        mixture: size of the mixtures.
+    """
+    weights = dense.state_dict()
+    own = model.state_dict()  # shares memory with the model
+    for name in own.keys() & weights.keys():
+        own[name].copy_(weights[name])
+
+    def noisy(weight: Tensor) -> Tensor:
+        return weight + UPCYCLING_NOISE * weight.std() * torch.randn_like(weight)
+
+    slices = DECODER_FFN // mixture.width
+    layers = zip(model.get_decoder().layers, dense.get_decoder().layers, strict=True)
+    for layer, from_layer in layers:
+        experts, network = layer.mlp.experts, from_layer.mlp
+        for expert in range(mixture.experts):
+            start = expert % slices * mixture.width
+            part = slice(start, start + mixture.width)
+            inward = torch.cat([network.gate_proj.weight[part], network.up_proj.weight[part]])
+            experts.gate_up_proj[expert] = noisy(inward)
+            # weights of experts sum to 1, slices to the whole
+            experts.down_proj[expert] = noisy(network.down_proj.weight[:, part] * slices)
+        layer.mlp.gate.weight.normal_(std=ROUTER_STD)
 
 
 class PackedQuestions:
@@ -408,8 +487,8 @@ def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor
 
 def decode(
     model: LlavaForConditionalGeneration, packed: PackedQuestions, visual: Tensor, ids: Tensor
-) -> Tensor:
-    """Logits for packed questions.
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Logits for packed questions, and those of routers.
 
     Args:
         model: the model.
@@ -418,19 +497,35 @@ def decode(
         ids: int64 ``[B, T]``.
 
     Returns:
-        Float ``[B, len(packed.answer_slots), vocabulary]``.
+        Float ``[B, len(packed.answer_slots), vocabulary]``; of each layer that has experts, float
+        ``[B * T, experts]``.
     """
     core = cast(Any, model).model
     embeds = core.get_input_embeddings()(ids)
     first, last = packed.first_visual, packed.first_visual + VISUAL_TOKENS
     embeds = torch.cat([embeds[:, :first], visual.to(embeds.dtype), embeds[:, last:]], dim=1)
-    hidden = core.language_model(
+    routed = hasattr(core.language_model.config, "num_local_experts")
+    result = core.language_model(
         inputs_embeds=embeds,
         attention_mask=packed.mask,
         position_ids=packed.positions,
         use_cache=False,
-    ).last_hidden_state
-    return cast(Tensor, model.lm_head(hidden[:, packed.answer_slots]))
+        **({"output_router_logits": True} if routed else {}),
+    )
+    logits = model.lm_head(result.last_hidden_state[:, packed.answer_slots])
+    return logits, tuple(result.router_logits) if routed else ()
+
+
+def balance_loss(routed: tuple[Tensor, ...], top: int) -> Tensor:
+    """Load-balancing loss, scalar: the number of chosen experts where their load is even.
+
+    Args:
+        routed: logits of routers, float ``[tokens, experts]`` each.
+        top: experts that each token takes.
+    """
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return cast(Tensor, load_balancing_loss_func(routed, routed[0].shape[-1], top))
 
 
 def check_packing(
@@ -446,7 +541,7 @@ def check_packing(
     ids, _ = packed.pack([asked])
     with torch.no_grad():
         visual, _ = encode(model, normalise(scene.image[None]))
-        ours = decode(model, packed, visual, ids)
+        ours, _ = decode(model, packed, visual, ids)
         inputs = digits.batch(processor, [scene] * len(asked), asked)
         theirs = cast(Any, model)(**inputs).logits[:, -1]
     torch.testing.assert_close(ours[0, ::2], theirs, atol=1e-3, rtol=1e-3)
@@ -633,18 +728,25 @@ def train(
         rate = learning_rate(progress, options.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        filled = filled_cells(progress)
+        # What has been upcycled knows how to look.
+        filled = CURRICULUM[-1][1] if options.experts else filled_cells(progress)
         scenes, pixels, labels = source.draw(filled)
         ids, targets = packed.pack(
             [[digits.make_question(source.rng, s, kind) for kind in packed.kinds] for s in scenes]
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             visual, pooled = encode(model, pixels)
-            logits = decode(model, packed, visual, ids).float()
+            logits, routed = decode(model, packed, visual, ids)
+        logits = logits.float()
         probe_loss, tokens = probe(visual, pooled, embedding, labels)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        whole = loss + options.probe_weight * probe_loss
+        if routed:
+            balance = balance_loss(routed, options.top)
+            whole = whole + options.balance_weight * balance
+            meter.add(balance=balance.item())
         optimizer.zero_grad(set_to_none=True)
-        (loss + options.probe_weight * probe_loss).backward()
+        whole.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
@@ -695,6 +797,34 @@ def model_card(
             "The run is repeatable with the same threads, processor type and library versions, as\n"
             "long as the time limit does not cut it short."
         )
+    attention = f"{DECODER_LAYERS} layers, width {HIDDEN}, {HEADS} heads"
+    if options.experts:
+        title, purpose = "Digit VLM with experts", "skipping experts"
+        decoder = (
+            f"Mixtral, {attention}, {options.experts} experts of inner width "
+            f"{options.expert_width}, {options.top} for each token"
+        )
+        start = (
+            "begins with the bundled dense model, experts with slices of its feed-forward network\n"
+            f"  and noise (sparse upcycling); load-balancing loss times {options.balance_weight:g}"
+        )
+        files = "The held-out digits are those beside the dense model."
+    else:
+        title, purpose = "Digit VLM", "token pruning"
+        decoder = f"Llama, {attention}, feed-forward {DECODER_FFN}"
+        start = "cells fill up in stages (a curriculum)"
+        files = (
+            f"`{digits.HELDOUT_FILE}` holds the held-out images (`images`, uint8 [N, 8, 8], "
+            "intensity 0..16)\nand their digits (`labels`, uint8 [N])."
+        )
+    alone = (
+        " The vision tower and projector\n"
+        f"  are first trained on these alone for {options.vision_steps} steps."
+        if options.vision_steps
+        else ""
+    )
+    threads = f"{options.threads} CPU thread{'' if options.threads == 1 else 's'}"
+    stored = "bfloat16" if options.store_bfloat16 else "float32"
     return f"""---
 license: other
 pipeline_tag: image-text-to-text
@@ -702,10 +832,10 @@ library_name: transformers
 tags: [llava, tiny, handwritten-digits]
 ---
 
-# Digit VLM
+# {title}
 
 A vision-language model of {parameters:,} parameters, small enough to ship with vlmopt and to run
-on any CPU, yet a genuine `LlavaForConditionalGeneration` with learnt weights: what token pruning
+on any CPU, yet a genuine `LlavaForConditionalGeneration` with learnt weights: what {purpose}
 costs it can be read off its answers. It is a test subject and no use for anything else.
 
 ## Architecture
@@ -717,10 +847,9 @@ costs it can be read off its answers. It is a test subject and no use for anythi
 | vision tower | CLIP, {VISION_LAYERS} layers, width {HIDDEN}, {HEADS} heads, class token |
 | visual tokens | {VISUAL_TOKENS} (last layer, class token dropped) |
 | projector | two linear layers with GELU |
-| decoder | Llama, {DECODER_LAYERS} layers, width {HIDDEN}, {HEADS} heads, feed-forward \
-{DECODER_FFN} |
+| decoder | {decoder} |
 | tokenizer | word level, {model.get_input_embeddings().num_embeddings} tokens, left padding |
-| weights | float32 |
+| weights | {stored} |
 
 ## Task
 
@@ -748,13 +877,12 @@ The draw is `vlmopt.digits.heldout_samples({overall.total}, seed={options.eval_s
 
 - Data: {len(split.train_labels)} digit images of scikit-learn's `load_digits`, placed in random
   scenes, with small random rotation, shear, scaling, shift, contrast and noise.
-- Schedule: cells fill up in stages (a curriculum), AdamW, peak learning rate {options.lr:g},
-  cosine decay, {outcome.steps} steps of {options.batch} scenes with
+- Schedule: {start}, AdamW, peak learning rate
+  {options.lr:g}, cosine decay, {outcome.steps} steps of {options.batch} scenes with
   {sum(QUESTIONS_PER_SCENE.values())} questions each, {precision}.
 - Auxiliary losses, training only: each projected visual token names the digit, the row and the
-  column of its cell, and the class token tells which digits occur. The vision tower and projector
-  are first trained on these alone for {options.vision_steps} steps.
-- Cost: {outcome.minutes:.0f} minutes on {options.threads} CPU threads; seed {options.seed}; \
+  column of its cell, and the class token tells which digits occur.{alone}
+- Cost: {outcome.minutes:.0f} minutes on {threads}; seed {options.seed}; \
 torch {torch.__version__}, transformers {transformers.__version__}.
 
 ```
@@ -765,8 +893,7 @@ torch {torch.__version__}, transformers {transformers.__version__}.
 
 ## Files
 
-`heldout_digits.safetensors` holds the held-out images (`images`, uint8 [N, 8, 8], intensity 0..16)
-and their digits (`labels`, uint8 [N]).
+{files}
 
 ## Licence
 
@@ -781,7 +908,9 @@ selected and stored as uint8.
 def command_line(options: argparse.Namespace) -> str:
     """The command that repeats this run."""
     words = [f"OMP_NUM_THREADS={options.threads} python tools/train_digit_vlm.py"]
+    mixture = ("experts", "top", "expert_width", "balance_weight") if options.experts else ()
     names = (
+        *mixture,
         "vision_steps",
         "steps",
         "minutes",
@@ -793,8 +922,8 @@ def command_line(options: argparse.Namespace) -> str:
         "threads",
     )
     words += [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
-    if options.bfloat16:
-        words.append("--bfloat16")
+    flags = ("bfloat16", "store_bfloat16")
+    words += [f"--{name.replace('_', '-')}" for name in flags if getattr(options, name)]
     words.append("--out DIR")
     return " ".join(words)
 
@@ -820,9 +949,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=24, help="scenes per step")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="AdamW weight decay")
+    parser.add_argument(
+        "--experts", type=int, default=0, help="experts of each layer; begins with the dense model"
+    )
+    parser.add_argument("--top", type=int, default=4, help="experts that each token takes")
+    parser.add_argument("--expert-width", type=int, default=64, help="inner width of an expert")
+    parser.add_argument(
+        "--balance-weight", type=float, default=0.01, help="load-balancing loss weight"
+    )
     parser.add_argument("--probe-weight", type=float, default=0.5, help="auxiliary loss weight")
     parser.add_argument(
         "--bfloat16", action="store_true", help="bfloat16 autocast, for CPUs that have it"
+    )
+    parser.add_argument(
+        "--store-bfloat16", action="store_true", help="write weights in bfloat16, half the size"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything in training")
     parser.add_argument("--eval-questions", type=int, default=3000, help="held-out questions")
@@ -835,6 +975,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.steps < 1 or options.minutes <= 0 or options.threads < 1 or options.batch < 1:
         parser.error("--steps, --minutes, --threads and --batch must be positive")
     return options
+
+
+def mixture_of(options: argparse.Namespace) -> Mixture | None:
+    """The mixture that the command line asks for."""
+    if not options.experts:
+        return None
+    return Mixture(options.experts, options.top, options.expert_width)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -850,8 +997,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     split = split_digits()
     processor = build_processor()
-    model = build_model(cast(Any, processor).tokenizer)
+    mixture = mixture_of(options)
+    model = build_model(cast(Any, processor).tokenizer, mixture)
     model.train(False)
+    if mixture is not None:
+        upcycle(model, digits.load_model()[0], mixture)
     packed = PackedQuestions(processor)
     check_packing(model, processor, packed, split)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -866,15 +1016,16 @@ def main(arguments: list[str] | None = None) -> int:
     # Everything is written next to the target first and moved in file by file at the end.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
         folder = Path(name)
+        if options.store_bfloat16:
+            model.to(torch.bfloat16)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        save_tensors(
-            {
+        if mixture is None:
+            heldout = {
                 "images": split.heldout_images,
                 "labels": split.heldout_labels.to(torch.uint8),
-            },
-            folder / "heldout_digits.safetensors",
-        )
+            }
+            save_tensors(heldout, folder / digits.HELDOUT_FILE)
         # Measured on what was written, not on what is in memory.
         saved_model, saved_processor = digits.load_model(folder=folder)
         samples = digits.draw_samples(

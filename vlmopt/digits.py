@@ -1,10 +1,10 @@
-"""Scenes of handwritten digits, questions about them, and the bundled model that answers.
+"""Scenes of handwritten digits, questions about them, and the bundled models that answer.
 
 A scene is a 4 x 4 grid of 16 x 16 pixel cells, each empty or holding one handwritten digit. Three
 kinds of question are asked about it: which digit stands at a row and column, how many times a digit
-occurs, and whether it occurs at all. The bundled model is a small
+occurs, and whether it occurs at all. The bundled models, one dense and one with experts, are small
 ``LlavaForConditionalGeneration`` trained on such scenes by ``tools/train_digit_vlm.py``; the digit
-images shipped next to it were kept out of its training.
+images shipped next to the dense one were kept out of the training of both.
 
 Importing this module costs no more than importing torch: transformers and Pillow are imported only
 by the functions that need them.
@@ -33,6 +33,7 @@ __all__ = [
     "IMAGE_PIXELS",
     "KINDS",
     "MAX_COUNT",
+    "MODELS",
     "NO_DIGIT",
     "Question",
     "QuestionKind",
@@ -72,7 +73,10 @@ QuestionKind = Literal["position", "count", "presence"]
 KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 """All question kinds, in the order in which results are reported."""
 
-_HELDOUT_FILE = "heldout_digits.safetensors"
+MODELS = {"digits": "digit_vlm", "digits-moe": "digit_moe"}
+"""Bundled models, and their folders: one with a Llama decoder, one with mixtures of experts."""
+HELDOUT_FILE = "heldout_digits.safetensors"
+"""In the folder of the dense model: the digit images that no bundled model was trained on."""
 _DIGIT_RANGE = 16  # scikit-learn's digits have integer intensities 0..16
 
 
@@ -131,13 +135,17 @@ class Tally:
         return self.correct / self.total if self.total else 0.0
 
 
-def asset_dir() -> Path:
-    """Folder of the bundled model: weights, configuration, processor files, held-out digits."""
-    return Path(str(resources.files("vlmopt") / "assets" / "digit_vlm"))
+def asset_dir(name: str = "digits") -> Path:
+    """Folder of a bundled model: weights, configuration, processor files; held-out digits.
+
+    Args:
+        name: one of ``MODELS``; held-out digits are with the first of them alone.
+    """
+    return Path(str(resources.files("vlmopt") / "assets" / MODELS[name]))
 
 
 def heldout_digits() -> tuple[Tensor, Tensor]:
-    """The digit images that the bundled model was not trained on.
+    """The digit images that no bundled model was trained on.
 
     Returns:
         images: uint8 ``[N, 8, 8]``, intensity 0..16.
@@ -145,7 +153,7 @@ def heldout_digits() -> tuple[Tensor, Tensor]:
     """
     from safetensors.torch import load_file
 
-    tensors = load_file(asset_dir() / _HELDOUT_FILE)
+    tensors = load_file(asset_dir() / HELDOUT_FILE)
     return tensors["images"], tensors["labels"].long()
 
 
@@ -297,13 +305,14 @@ def draw_samples(
 
 
 def load_model(
-    dtype: torch.dtype = torch.float32, folder: Path | None = None
+    dtype: torch.dtype = torch.float32, folder: Path | None = None, *, name: str = "digits"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Loads the bundled model and its processor, without network access.
+    """Loads a bundled model and its processor, without network access.
 
     Args:
         dtype: dtype of the weights.
-        folder: folder to load from; the bundled model's by default.
+        folder: folder to load from; that of the bundled model by default.
+        name: one of ``MODELS``.
 
     Returns:
         The model in evaluation mode on the CPU with ``sdpa`` attention, and the processor, whose
@@ -311,7 +320,7 @@ def load_model(
     """
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    folder = asset_dir() if folder is None else folder
+    folder = asset_dir(name) if folder is None else folder
     model = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
     )
@@ -352,10 +361,20 @@ def batch(
     return cast("BatchFeature", inputs)
 
 
-def calibration_samples(processor: Any, number: int = 64) -> list[dict[str, Any]]:
-    """Held-out prompts, one each, for calibrations: drawn otherwise than those of evaluations."""
-    samples = heldout_samples(number, seed=1)
-    return [dict(batch(processor, [scene], [question])) for scene, question in samples]
+def calibration_samples(processor: Any, number: int = 64, *, size: int = 1) -> list[dict[str, Any]]:
+    """Held-out prompts for calibrations: drawn otherwise than those of evaluations.
+
+    Args:
+        processor: the model's processor.
+        number: of prompts.
+        size: prompts to a sample, padded on the left to one length.
+    """
+    drawn = heldout_samples(number, seed=1)
+    samples = []
+    for start in range(0, number, size):
+        scenes, questions = zip(*drawn[start : start + size], strict=True)
+        samples.append(dict(batch(processor, scenes, questions)))
+    return samples
 
 
 @torch.no_grad()

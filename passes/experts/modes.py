@@ -67,6 +67,13 @@ class MoDES(ExpertSkip, Searched):
     )
     grid: int = option(100, "for calibration: thresholds to try of each modality", ge=2)
     linear: bool = option(False, "for calibration: thresholds spread evenly")
+    text_end: float = option(
+        frontier.TEXT_END,
+        "for calibration: end of the thresholds of text, 2 / (1 + exp(10 - 10 * end)); models of "
+        "few layers, whose weights are larger, need larger ones",
+        gt=0,
+    )
+    vision_end: float = option(frontier.VISION_END, "for calibration: of those of vision", gt=0)
     bypass: str = option(
         "normed_input",
         "for calibration: what takes the place of a layer's experts, as in published weights, or "
@@ -202,7 +209,7 @@ class MoDES(ExpertSkip, Searched):
         weights = {
             kind: frontier.layer_weights(drift[:, at].tolist()) for at, kind in enumerate(KINDS)
         }
-        ends = {"text": frontier.TEXT_END, "vision": frontier.VISION_END}
+        ends = {"text": self.text_end, "vision": self.vision_end}
         grids = {
             kind: frontier.threshold_grid(self.grid, end, linear=self.linear)
             for kind, end in ends.items()

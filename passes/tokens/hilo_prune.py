@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,20 +65,34 @@ class HiLoPrune(TokenDrop):
         """Select at the entry of the language model; raise attention up to the cut."""
         stage = token_stage(program)
         with self.at_entry(program, ctx) as values:
-            given = (values.modality, values["encoded_pixels"], values.hidden)
+            sizes = [self._sizes(count) for count in values.visual]
+            most = max(coarse for _, coarse in sizes)
+            given = (values.modality, values["encoded_pixels"], values.hidden, most)
             selection = values.emit.trace(self.select, *given, names=("selection",))
+            leaving = values.emit.call(torch.ops.aten.lt.Scalar, selection, 0, name="leaving")
+            room = max(coarse - quota for quota, coarse in sizes)
+            slots, valid = values.emit.trace(
+                select.visual_slots, leaving, room, names=("slots", "valid")
+            )
         layers = find_layers(stage, after=modality_of_tokens(stage).anchor)
         emitter = partial(Emitter.of_pass, ctx, stage, prefix=self.name)
-        for layer in range(self.layers[0]) if self.gain else ():
-            raise_attention(stage, layers, layer, selection, self.added, emitter)
+        for layer in range(self.layers[0]) if self.gain and room else ():
+            raise_attention(stage, layers, layer, leaving, slots, valid, self.added, emitter)
         return {"selection": selection}
 
-    def select(self, modality: Tensor, pixels: Tensor, hidden: Tensor) -> Tensor:
+    def _sizes(self, present: int) -> tuple[int, int]:
+        """How many tokens of so many stay, and how many the coarse set has."""
+        quota = self.quota(present, self.keep[0])
+        wide = quota + 0.3 * present if not self.alpha else self.alpha * quota
+        return quota, max(quota, min(math.ceil(wide - 1e-6), present))
+
+    def select(self, modality: Tensor, pixels: Tensor, hidden: Tensor, most: int) -> Tensor:
         """Above 0 for what stays, earlier picks first; below 0 for runners-up; else 0.
 
         Args:
             modality: int64 ``[batch, tokens]``.
             pixels, hidden: ``[batch, tokens, ...]``.
+            most: size of the largest coarse set.
 
         Returns:
             float32 ``[batch, tokens]``.
@@ -88,33 +103,25 @@ class HiLoPrune(TokenDrop):
         quota = self._quotas(present, self.keep[0])
         wide = quota + 0.3 * present if not self.alpha else self.alpha * quota
         coarse_size = torch.minimum(torch.ceil(wide - 1e-6).long(), present)
-        coarse = self.first(select.take(pixels, slots), valid, coarse_size)
-        fine = self.first(select.take(hidden, slots), coarse > 0, quota)
+        coarse = self.first(select.take(pixels, slots), valid, coarse_size, most)
+        fine = self.first(select.take(hidden, slots), coarse > 0, quota, most)
         found = torch.where(fine > 0, fine, torch.where(coarse > 0, -1.0, 0.0))
         return torch.zeros_like(found).scatter(1, slots, torch.where(valid, found, 0.0))
 
     @staticmethod
-    def first(rows: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    def first(rows: Tensor, among: Tensor, count: Tensor, most: int) -> Tensor:
         """Farthest-point sampling, ``count`` picks per sample: float32, falling, 0 for the rest."""
-        tokens = rows.shape[1]
-        picks = farthest_point(rows, among, None, None, tokens, "cosine")
-        order = select.by_order(picks, tokens)
-        return torch.where(among & (order > tokens - count), order, 0.0)
+        order = select.by_order(
+            farthest_point(rows, among, None, None, most, "cosine"), rows.shape[1]
+        )
+        return torch.where(among & (order > most - count), order, 0.0)
 
-    def added(self, logits: Tensor, selection: Tensor) -> Tensor:
-        """What is added to the logits.
-
-        Args:
-            logits: float32 ``[batch, heads, tokens, tokens]``, minus infinity where hidden.
-            selection: of :meth:`select`.
-        """
-        chance = logits.softmax(-1).nan_to_num(0.0)
-        leaving = (selection < 0)[:, None, None]
-        seen = (logits > float("-inf")).sum(-1, keepdim=True).clamp(min=1)
-        limit = self.threshold or 1 / seen
-        among = torch.where(leaving, chance, -1.0)
-        least = among.topk(min(self.top, among.shape[-1]), dim=-1).values[..., -1:]
-        raised = leaving & ~leaving.transpose(-1, -2) & (chance > limit) & (among >= least)
+    def added(self, logits: Tensor, chance: Tensor, seen: Tensor, among: Tensor) -> Tensor:
+        """What is added to logits towards runners-up; see :data:`vlmopt.rewrite.fusion.Raise`."""
+        limit = self.threshold or 1 / seen.clamp(min=1)
+        ranked = torch.where(among, chance, -1.0)
+        least = ranked.topk(min(self.top, ranked.shape[-1]), dim=-1).values[..., -1:]
+        raised = among & (chance > limit) & (chance >= least)
         size = logits.abs() if self.positive else logits
         return torch.where(raised, self.gain * size, 0.0)
 

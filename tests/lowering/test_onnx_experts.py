@@ -136,6 +136,27 @@ def test_no_number_of_an_expert_left_out_spreads(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_same_pairs_of_equal_score(tmp_path: Path) -> None:
+    """Tokens that are all alike: the first of them are computed, in eager, Inductor and ONNX."""
+    x = given()[0][:, :1].repeat(1, 12, 1)
+    modality = torch.full((2, 12), Modality.VISION)
+    layer = mixtures.mixture(experts=8, k=2)
+    program = mixtures.mixtures(layer, x, modality)
+    run_pipeline(program, "modes{capacity=0.2}")
+    stage = program["model"]
+    (eager,) = stage.graph_module(x, modality)
+    (compiled,) = torch.compile(stage.graph_module, dynamic=False)(x, modality)
+    report = export_program(program, tmp_path / "out", check=False)
+    (found,) = OnnxStage(report.files[0])(x=x, modality=modality).values()
+    weights = layer.route(x.reshape(-1, 8))[0].flatten().tolist()
+    stays = torch.zeros(48, dtype=torch.bool)
+    stays[sorted(range(48), key=lambda pair: (-weights[pair], pair))[:10]] = True
+    wanted = layer.reference(x, stays.view(24, 2))
+    for out in (eager, compiled, found):
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert [bool(row.any()) for row in wanted.view(24, 8)].count(True) == 10
+
+
 @pytest.mark.parametrize(
     ("family", "pipeline"),
     [

@@ -16,6 +16,7 @@ import vlmopt
 from tests import mixtures
 from vlmopt import artifacts
 from vlmopt.errors import UnsupportedOperatorError, VlmoptError
+from vlmopt.graph.compare import random_inputs
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Modality, Program
 from vlmopt.rewrite.capacity import best_of_each, best_pairs
@@ -91,6 +92,8 @@ def test_pairs_beyond_the_capacity_are_masked(
     assert oracle.limited > 0
     assert (out.logits - wanted)[~padding].abs().max() <= 1e-5
     assert generated.tolist() == oracle.generate(inputs, 8).tolist()
+    oracle.capacity = 1.0
+    assert (oracle.logits(inputs) - wanted)[~padding].abs().max() > 1e-4  # what it is all about
     pairs = inputs["input_ids"].numel() * 2
     program = optimized.vlmopt.program
     assert set(rows_of_products(program, "language_model")) == {
@@ -104,29 +107,30 @@ def captured() -> Program:
     return vlmopt.capture(build("qwen3_vl_moe"), zoo.inputs("qwen3_vl_moe"))
 
 
+def prefill(program: Program) -> tuple[Tensor, ...]:
+    stage = program["language_model"]
+    with torch.no_grad():
+        found: tuple[Tensor, ...] = stage.graph_module(*random_inputs(stage, 3))
+    return found
+
+
+def same_where_all_rows_are_there(captured: Program, options: str) -> Program:
+    """``expert-topk`` with fixed sizes, which computes what it does without."""
+    static, other = captured.clone(), captured.clone()
+    run_pipeline(static, f"expert-topk{{{options} static}}", verify="full")
+    run_pipeline(other, f"expert-topk{{{options}}}")
+    for one, two in zip(prefill(static), prefill(other), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+    assert (prefill(static)[0] - prefill(captured)[0]).abs().max() > 1e-4
+    return static
+
+
 def test_a_number_of_experts_for_each_layer(captured: Program) -> None:
-    """As many rows as that, and the same as where all rows are there."""
-    found = []
-    for option in ("static", "static=false"):
-        program = captured.clone()
-        run_pipeline(program, f"expert-topk{{k=1,2 {option}}}", verify="full")
-        stage = program["language_model"]
-        generator = torch.Generator().manual_seed(0)
-        inputs = [
-            torch.randn(value.shape, generator=generator)
-            if value.is_floating_point()
-            else torch.zeros(value.shape, dtype=value.dtype)
-            for value in (stage.placeholder(port).meta["val"] for port in stage.inputs)
-        ]
-        with torch.no_grad():
-            found.append(stage.graph_module(*inputs))
-        tokens = stage.facts["tokens"]
-        wanted = [tokens, tokens, 2 * tokens, 2 * tokens]
-        if option == "static":
-            assert rows_of_products(program, "language_model") == wanted
-            assert rows_of_products(program, "decode") == [1, 1, 2, 2]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    program = same_where_all_rows_are_there(captured, "k=1,2")
+    tokens = captured["language_model"].facts["tokens"]
+    wanted = [tokens, tokens, 2 * tokens, 2 * tokens]
+    assert rows_of_products(program, "language_model") == wanted
+    assert rows_of_products(program, "decode") == [1, 1, 2, 2]
 
 
 def given() -> tuple[Tensor, Tensor]:
@@ -176,8 +180,7 @@ def test_capacities_of_each_layer_from_an_artifact(captured: Program, tmp_path: 
     wanted = [math.ceil(1.2 * 2 * (text * 0.5 + seen * 0.75)), math.ceil(1.2 * 2 * text * 0.25)]
     assert rows_of_products(program, "language_model") == [one for one in wanted for _ in "12"]
     assert rows_of_products(program, "decode") == [2, 2, 1, 1]
-    program = captured.clone()
-    run_pipeline(program, f"expert-topk{{artifact={path} static}}")
+    program = same_where_all_rows_are_there(captured, f"artifact={path}")
     assert rows_of_products(program, "language_model") == [2 * tokens, 2 * tokens, tokens, tokens]
     assert rows_of_products(program, "decode") == [1, 1, 1, 1]
 

@@ -328,6 +328,7 @@ def test_grids_of_thresholds() -> None:
     assert linear[0] == text[0]
     assert linear[-1] == pytest.approx(text[-1])
     assert linear[2] == pytest.approx((text[0] + text[-1]) / 2)
+    assert frontier.threshold_grid(3, 1.0)[-1] == 1.0
 
 
 def test_layers_weigh_as_answers_drift() -> None:

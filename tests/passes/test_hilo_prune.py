@@ -66,29 +66,31 @@ class TestCard:
 
     def test_greedy_diversity(self) -> None:
         rows = torch.tensor([[[1, 0], [0.96, 0.28], [0, 1], [-1, 0], [0.6, 0.8]]])
-        order = HiLoPrune.first(rows, torch.ones(1, 5).bool(), torch.tensor([[3]]))
+        order = HiLoPrune.first(rows, torch.ones(1, 5).bool(), torch.tensor([[3]]), 3)
         assert order[0].argsort(descending=True, stable=True)[:3].tolist() == [3, 0, 2]
         assert order[0, [1, 4]].tolist() == [0, 0]
 
     def test_one_query(self) -> None:
         logits = torch.tensor([[[[2.0, 1.0, 0.0]]]]).expand(1, 1, 3, 3)
-        selection = torch.tensor([[-1.0, -1.0, 0.0]])
-        added = self.method(gain=0.5, threshold=1 / 3, top=2).added(logits, selection)
+        among = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
+        among[..., 2, :2] = True  # the third query towards two runners-up
+        seen = torch.full((1, 1, 3, 1), 3)
+        method = self.method(gain=0.5, threshold=1 / 3, top=2)
+        added = method.added(logits, logits.softmax(-1), seen, among)
         assert added[0, 0, 2].tolist() == [1, 0, 0]
         raised = (logits + added)[0, 0, 2].softmax(-1)
         torch.testing.assert_close(raised, torch.tensor([0.844, 0.114, 0.042]), atol=5e-4, rtol=0)
-        assert not added[0, 0, :2].any()  # runners-up raise nothing
-        assert not added[..., 2].any()  # and only they are raised
+        assert not added[0, 0, :2].any()
 
     def test_the_sets(self) -> None:
         generator = torch.Generator().manual_seed(0)
         modality = torch.tensor([[1] + [2] * 20 + [1], [0, 1] + [2] * 10 + [1] * 10])
         pixels, hidden = (torch.randn(2, 22, 5, generator=generator) for _ in range(2))
-        found = self.method(keep=(0.2,)).select(modality, pixels, hidden)
+        found = self.method(keep=(0.2,)).select(modality, pixels, hidden, 20)
         assert (found > 0).sum(1).tolist() == [4, 2]
         assert (found < 0).sum(1).tolist() == [6, 3]  # 30 % of all
         assert not found[modality != Modality.VISION].any()
-        only = self.method(keep=(0.2,), alpha=1.0).select(modality, pixels, hidden)
+        only = self.method(keep=(0.2,), alpha=1.0).select(modality, pixels, hidden, 20)
         assert not (only < 0).any()
 
 

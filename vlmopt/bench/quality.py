@@ -11,9 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vlmopt import digits
+from vlmopt.bench.chart import chart
 from vlmopt.bench.methods import needs_artifact, one_cut
 from vlmopt.calibration import calibrate
 from vlmopt.pipeline.manager import run_pipeline
+from vlmopt.pipeline.passes import Pass
 from vlmopt.pipeline.registry import find_pass
 from vlmopt.program import Program
 from vlmopt.runtime.model import Engine
@@ -22,18 +24,14 @@ from vlmopt.tracing import capture
 BASELINES = ("random-drop", "stride-drop")
 
 
-@dataclass(frozen=True)
-class Score:
-    """Right answers of one method at one place.
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What was asked, and what was right.
 
     Attributes:
-        keep: share of the visual tokens that stay from ``layer`` on.
         right, asked: held-out questions.
     """
 
-    method: str
-    layer: int
-    keep: float
     right: int
     asked: int
 
@@ -47,31 +45,50 @@ class Score:
         return math.sqrt(self.share * (1 - self.share) / self.asked)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score(Answers):
+    """Right answers of one method at one place.
+
+    Attributes:
+        keep: share of the visual tokens that stay from ``layer`` on.
+    """
+
+    method: str
+    layer: int
+    keep: float
+
+
 class Exam:
-    """Held-out questions for the bundled model, and programs that have been captured for them.
+    """Held-out questions for a bundled model, and programs that have been captured for them.
 
     Args:
         questions: how many.
         seed: of the draw.
+        model: name of the model.
     """
 
-    def __init__(self, questions: int, seed: int = 0) -> None:
-        self.model, self.processor = digits.load_model()
+    def __init__(self, questions: int, seed: int = 0, model: str = "digits") -> None:
+        self.model, self.processor = digits.load_model(name=model)
         self.samples = digits.heldout_samples(questions, seed)
         self._programs: dict[Any, Program] = {}
         self._folder = TemporaryDirectory(prefix="vlmopt-")
 
     def full(self) -> tuple[int, int]:
         """Right answers of the untouched model, and questions."""
-        return self._count(self.model)
+        return self.count(self.model)
+
+    def rewritten(self, pipeline: str | Sequence[Pass]) -> Any:
+        """The model after a pipeline."""
+        engine = Engine(self.model, partial(run_pipeline, pipeline=pipeline), "eager")
+        engine.capture = self._capture
+        return engine.twin
 
     def score(self, method: str, layer: int, keep: float) -> Score:
         """Right answers with one cut."""
         last = len(self.model.get_decoder().layers) - 1
         text = one_cut(method, layer, keep, last=last, artifact=self._artifact(method))
-        engine = Engine(self.model, partial(run_pipeline, pipeline=text), "eager")
-        engine.capture = self._capture
-        return Score(method, layer, keep, *self._count(engine.twin))
+        right, asked = self.count(self.rewritten(text))
+        return Score(method=method, layer=layer, keep=keep, right=right, asked=asked)
 
     def _artifact(self, method: str) -> str:
         """Of a method that needs one, calibrated on other questions."""
@@ -83,7 +100,8 @@ class Exam:
             calibrate(self.model, samples, find_pass(method)(), path)
         return str(path)
 
-    def _count(self, model: Any) -> tuple[int, int]:
+    def count(self, model: Any) -> tuple[int, int]:
+        """Right answers of a model, and questions."""
         tallies = digits.evaluate(model, self.processor, self.samples).values()
         return sum(tally.correct for tally in tallies), sum(tally.total for tally in tallies)
 
@@ -143,65 +161,22 @@ def _mark(score: Score, random: Score | None) -> str:
     return " ↓" if score.share < random.share - 2 * error else ""
 
 
-_HUES = 18
-
-
 def figure(scores: Sequence[Score], layer: int, full: float) -> str:
     """SVG: right answers over the share kept, for cuts at one layer, a line per method."""
-    width, height, left, top = 720, 420, 60, 20
-    right, bottom = 210, 50
-    keeps = sorted({score.keep for score in scores})
-    lowest = math.floor(min(score.share for score in scores) * 10) / 10
-
-    def x(keep: float) -> float:
-        low, high = math.log(keeps[0]), math.log(keeps[-1])
-        return left + (math.log(keep) - low) / (high - low) * (width - left - right)
-
-    def y(share: float) -> float:
-        return top + (1 - share) / (1 - lowest) * (height - top - bottom)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="14">Right answers over visual tokens kept from layer {layer} on'
-        "</text>",
-    ]
-    steps = round((1 - lowest) * 10)
-    for step in range(steps + 1):
-        share = lowest + step / 10
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(share):.1f}" y2="{y(share):.1f}" '
-            f'stroke="#ddd"/><text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">'
-            f"{share:.0%}</text>"
-        )
-    parts += [
-        f'<text x="{x(keep):.1f}" y="{height - bottom + 18}" text-anchor="middle">{keep:.0%}</text>'
-        for keep in keeps
-    ]
-    parts.append(
-        f'<line x1="{left}" x2="{width - right}" y1="{y(full):.1f}" y2="{y(full):.1f}" '
-        'stroke="black" stroke-dasharray="4"/>'
+    here = sorted((score for score in scores if score.layer == layer), key=lambda one: one.keep)
+    return chart(
+        f"Right answers over visual tokens kept from layer {layer} on",
+        {
+            method: [(score.keep, score.share) for score in here if score.method == method]
+            for method in dict.fromkeys(score.method for score in scores if score.layer == layer)
+        },
+        full,
+        ticks=sorted({score.keep for score in scores}),
+        scale=math.log,
+        dashed=BASELINES,
     )
-    methods = list(dict.fromkeys(score.method for score in scores if score.layer == layer))
-    for number, method in enumerate(methods):
-        colour = f"hsl({360 * (number * 7 % _HUES) // _HUES}, 65%, {35 + 15 * (number % 2)}%)"
-        dashes = ' stroke-dasharray="6 3"' if method in BASELINES else ""
-        points = " ".join(
-            f"{x(score.keep):.1f},{y(score.share):.1f}"
-            for score in sorted(scores, key=lambda score: score.keep)
-            if score.method == method and score.layer == layer
-        )
-        at = top + 16 * number + 10
-        parts += [
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>',
-            f'<line x1="{width - right + 20}" x2="{width - right + 44}" y1="{at}" y2="{at}" '
-            f'stroke="{colour}" stroke-width="2"{dashes}/>'
-            f'<text x="{width - right + 50}" y="{at + 4}">{method}</text>',
-        ]
-    return "\n".join([*parts, "</svg>", ""])
 
 
-def to_json(scores: Sequence[Score]) -> list[Mapping[str, Any]]:
+def to_json(scores: Sequence[Answers]) -> list[Mapping[str, Any]]:
     """JSON values."""
     return [vars(score) for score in scores]

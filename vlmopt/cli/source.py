@@ -21,14 +21,15 @@ SOURCE is one of:
   FILE.pt2          a program saved by torch.export.save
   pkg.mod:factory   a Python callable that returns a Program or (model, inputs);
                     naming it imports the module, which runs its code
-  digits            the bundled vision-language model"""
+  digits            the bundled vision-language model
+  digits-moe        the one with mixtures of experts"""
 
 SAMPLES_HELP = """\
 \b
-MODEL is pkg.mod:factory, a Python callable that returns a model or (model, inputs), or digits,
-the bundled model. SAMPLES is pkg.mod:factory, which returns the inputs of one prompt after the
-other as the model's processor makes them, or digits. Naming a factory imports the module, which
-runs its code. Interrupted, a calibration goes on where it stopped when it is called again."""
+MODEL is pkg.mod:factory, a Python callable that returns a model or (model, inputs), or digits or
+digits-moe, the bundled models. SAMPLES is pkg.mod:factory, which returns the inputs of one prompt
+after the other as the model's processor makes them, or digits. Naming a factory imports the module,
+which runs its code. Interrupted, a calibration goes on where it stopped when it is called again."""
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -55,10 +56,10 @@ def load_program(source: str, *, weights: bool = True) -> Program:
         )
     if path.suffix == ".pt2":
         return _read_exported(path)
-    if source == "digits":
-        return _capture_digits()
     if _FACTORY.fullmatch(source):
         return _call_factory(source)
+    if _is_bundled(source):
+        return _capture_digits(source)
     raise ArtifactError(
         f"{source} is neither a program folder, nor a .pt2 file, nor pkg.mod:factory, nor digits",
         hint="vlmopt capture --help describes what can be read",
@@ -98,8 +99,8 @@ def load_model(source: str) -> Any:
     """
     from torch import nn
 
-    if source == "digits":
-        return _load_digits()[0]
+    if _is_bundled(source):
+        return _load_digits(source)[0]
     if not _FACTORY.fullmatch(source):
         raise ArtifactError(
             f"{source} is neither pkg.mod:factory nor digits",
@@ -121,7 +122,7 @@ def load_samples(source: str) -> Iterable[Any]:
     if source == "digits":
         from vlmopt import digits
 
-        return digits.calibration_samples(_load_digits()[1])
+        return digits.calibration_samples(_load_digits(source)[1])
     if not _FACTORY.fullmatch(source):
         raise ArtifactError(
             f"{source} is neither pkg.mod:factory nor digits",
@@ -130,20 +131,26 @@ def load_samples(source: str) -> Iterable[Any]:
     return _find_factory(source)()  # type: ignore[no-any-return]
 
 
-def _load_digits() -> tuple[Any, Any]:
+def _is_bundled(source: str) -> bool:
+    from vlmopt import digits
+
+    return source in digits.MODELS
+
+
+def _load_digits(name: str) -> tuple[Any, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from vlmopt import digits
 
-    disable_progress_bar()  # reading two megabytes is no news
-    return digits.load_model()
+    disable_progress_bar()  # reading a few megabytes is no news
+    return digits.load_model(name=name)
 
 
-def _capture_digits() -> Program:
+def _capture_digits(name: str) -> Program:
     from vlmopt import digits
     from vlmopt.tracing import capture
 
-    model, processor = _load_digits()
+    model, processor = _load_digits(name)
     scene, question = digits.heldout_samples(1)[0]
     return capture(model, dict(digits.batch(processor, [scene], [question])))
 

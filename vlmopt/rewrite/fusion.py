@@ -13,55 +13,84 @@ from vlmopt.graph.attention import attention_arguments
 from vlmopt.program import Stage
 from vlmopt.rewrite.emit import Emitter
 
-Raise = Callable[[Tensor, Tensor], Tensor]
-"""Scaled logits ``[batch, heads, tokens, tokens]``, float32, minus infinity where hidden, and
-per-token values ``[batch, tokens]``: what is added to the logits."""
+Raise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(logits, chance, seen, among)``: scaled logits and attention towards the tokens that leave,
+float32 ``[batch, heads, tokens, leaving]``; how many keys each query sees, int64 ``[batch or 1, 1,
+tokens, 1]``; which logits may be raised, bool ``[batch, 1, tokens, leaving]``. Gives what is added
+to the logits, 0 for all others."""
 
 
 def raise_attention(
     stage: Stage,
     layers: Layers,
     layer: int,
-    values: fx.Node,
+    leaving: fx.Node,
+    slots: fx.Node,
+    valid: fx.Node,
     added: Raise,
     emitter: Callable[[fx.Node], Emitter],
 ) -> None:
-    """Add to the attention logits of a layer what ``added`` makes of them.
+    """Add to the attention logits of a layer what ``added`` makes of those towards some tokens.
 
-    The whole matrix of the layer is computed once more for it.
+    Attention stays as it is, and its result is corrected: with few logits changed, the others weigh
+    as much as before but for one factor. That takes the sum of exponentials of each query, for
+    which all logits are computed once more.
 
     Args:
-        values: per-token values, known before the layer.
+        leaving: which tokens, bool ``[batch, tokens]``; ``slots``: the same as places, int64
+            ``[batch, leaving]``, of which ``valid``, bool, tells those that count. All known before
+            the layer.
         emitter: makes an emitter at a node.
     """
     attention = attention_of(layers, layer)
     given = attention_arguments(attention)
     causal, scale = bool(given.get("is_causal")), given.get("scale")
 
-    def mask(query: Tensor, key: Tensor, values: Tensor, hides: Tensor | None) -> Tensor:
-        heads, queries = query.shape[1], query.shape[2]
-        keys = key.repeat_interleave(heads // key.shape[1], dim=1).float()
-        logits = query.float() @ keys.transpose(-1, -2)
-        logits = logits * (scale if scale is not None else query.shape[-1] ** -0.5)
-        shown = torch.ones(queries, keys.shape[2], dtype=torch.bool, device=query.device)
+    def corrected(
+        result: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        leaving: Tensor,
+        slots: Tensor,
+        valid: Tensor,
+        hides: Tensor | None,
+    ) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (one.repeat_interleave(groups, dim=1).float() for one in (key, value))
+        query = query.float() * (scale if scale is not None else query.shape[-1] ** -0.5)
+        shown = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device)
         if causal:
-            shown = shown.tril(keys.shape[2] - queries)
+            shown = shown.tril(keys.shape[2] - query.shape[2])
+        shown = shown[None, None]
         if hides is not None:
             shown = shown & (hides if hides.dtype == torch.bool else hides > _HIDDEN)
-        raised = added(logits.masked_fill(~shown, float("-inf")), values)
-        raised = torch.where(shown, raised, torch.finfo(query.dtype).min)
-        return raised.to(query.dtype)
+        logits = (query @ keys.transpose(-1, -2)).masked_fill(~shown, float("-inf"))
+        total = torch.logsumexp(logits, -1, keepdim=True)
+        total = torch.where(total > float("-inf"), total, 0.0)  # of a query that sees nothing
 
-    with stage.graph.inserting_before(attention):
-        emit = emitter(attention)
-        arguments = (given["query"], given["key"], values, given.get("attn_mask"))
-        raised = emit.trace(mask, *arguments, names=("raised",))
-    attention.args = (given["query"], given["key"], given["value"], raised)
-    attention.kwargs = {
-        name: value
-        for name, value in attention.kwargs.items()
-        if name not in ("attn_mask", "is_causal")
-    }
+        rows = slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
+        own = query @ keys.gather(2, rows).transpose(-1, -2)
+        columns = slots[:, None, None].expand(-1, shown.shape[1], shown.shape[2], -1)
+        visible = shown.expand(len(slots), -1, -1, -1).gather(3, columns)
+        among = visible & valid[:, None, None] & ~leaving[:, None, :, None]
+        before = torch.where(among, own - total, 0.0)
+        extra = added(own, before.exp(), shown.sum(-1, keepdim=True), among)
+        after = before + extra
+        top = after.amax(-1, keepdim=True).clamp(min=0)  # keeps exponentials within range
+        share = torch.where(extra != 0, (after - top).exp() - (before - top).exp(), 0.0)
+        rest = (-top).exp()
+        raised = result.float() * rest + share @ values.gather(2, rows)
+        return (raised / (rest + share.sum(-1, keepdim=True))).to(result.dtype)
+
+    readers = list(attention.users)
+    end = attention.next
+    with stage.graph.inserting_before(end):
+        values = (given[name] for name in ("query", "key", "value"))
+        arguments = attention, *values, leaving, slots, valid, given.get("attn_mask")
+        result = emitter(attention).trace(corrected, *arguments, names=("raised",))
+    for reader in readers:
+        reader.replace_input_with(attention, result)
 
 
 _HIDDEN = -1e30
