@@ -142,7 +142,13 @@ class ExpertSkip(Pass):
                 "no layer of this model has a mixture of experts",
                 hint="use a pass that drops tokens",
             )
-        self.pair_limits(program)
+        for (stage, layer), count in self.pair_limits(program).items():
+            if not isinstance(count, int):
+                raise PreconditionError(
+                    f"{self.name}: the number of pairs in layer {layer} of stage {stage} is to be "
+                    "fixed, and its graph is for prompts of any length",
+                    hint="torch.compile(dynamic=False), or leave out capacity, margin and static",
+                )
 
     def run(self, program: Program, ctx: PassContext) -> PassResult:
         limits = self.pair_limits(program)

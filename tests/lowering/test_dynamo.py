@@ -231,6 +231,18 @@ def test_experts_are_skipped_where_all_is_text(text: str, rule: Rule) -> None:
 
 
 @torch.no_grad()
+def test_a_fixed_number_of_pairs_needs_prompts_of_one_length() -> None:
+    text, rule = "expert-topk{k=1 static}", EXPERTS[2][1]
+    inputs = prompt_of_text(9)
+    with pytest.raises(Exception, match="is to be fixed, and its graph is for prompts of any len"):
+        compiled(mixtral(), text, dynamic=True)(**inputs)
+    torch._dynamo.reset()
+    wanted = ExpertOracle(mixtral(), torch.zeros(2, 9).bool(), rule).logits(inputs)
+    found = compiled(mixtral(), text, dynamic=False)(**inputs).logits
+    check(found, wanted, inputs["attention_mask"].bool())
+
+
+@torch.no_grad()
 def test_embeddings_do_not_show_what_is_text() -> None:
     model, inputs = mixtral(), prompt_of_text(9)
     given = {
