@@ -34,6 +34,8 @@ PASSES = {
     "expert-topk": "vlmopt.passes.experts.expert_topk:ExpertTopK",
     "naee": "vlmopt.passes.experts.naee:Naee",
     "stc-cacher": "vlmopt.passes.frames.stc_cacher:StcCacher",
+    "stc-pruner": "vlmopt.passes.frames.stc_pruner:StcPruner",
+    "evs": "vlmopt.passes.frames.evs:EfficientVideoSampling",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

@@ -8,6 +8,7 @@ rows one by one, with the whole attention matrix written out.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from oracles.methods import Choose, Keep, best
+from oracles.reduced import Choice, Recorded
 from oracles.vit import Parts
 
 Rows = Callable[[Tensor], Tensor]
@@ -236,3 +239,64 @@ def _rotation(cos: Tensor, sin: Tensor) -> Callable[[Tensor, list[int]], Tensor]
         return rows * cos[places] + other * sin[places]
 
     return turn
+
+
+# -- tokens of frames that are new ------------------------------------------------------------
+
+
+def evs(frames: int, keep: Keep) -> Choose:
+    """The first frame, and what differs most from its place one frame before."""
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        def score(sample: int, slots: list[int]) -> list[float]:
+            rows = recorded.hidden[layer][sample, slots].double()
+            size = len(slots) // frames
+            distance = [1 - _cosine(rows[at], rows[at - size]) for at in range(size, len(slots))]
+            return [math.inf] * size + distance
+
+        return best(recorded, layer, score, keep)
+
+    return choose
+
+
+def stc_pruner(frames: int, keep: Keep, *, dual: bool = False) -> Choose:
+    """In each frame what is least like the frame and the mean of all until then."""
+
+    def novel(rows: Tensor, past: list[Tensor]) -> list[float]:
+        mean = torch.stack(past).mean(0)
+        if dual:
+            own = rows.mean(0)
+            return [1 - 0.5 * (_cosine(row, mean) + _cosine(row, own)) for row in rows]
+        unit = [row / row.norm() for row in rows]
+        anchors = mean / mean.norm(), torch.stack(unit).mean(0)
+        return [
+            -sum(
+                math.exp(-float((row - anchor).square().sum()) / (2 * scale))
+                for anchor in anchors
+                for scale in (1 / 8, 1 / 4, 1 / 2, 1, 2)
+            )
+            for row in unit
+        ]
+
+    def choose(recorded: Recorded, layer: int) -> Choice:
+        stays = recorded.present.clone()
+        for sample in range(len(stays)):
+            slots = torch.nonzero(recorded.visual[sample] & recorded.present[sample])[:, 0].tolist()
+            size = len(slots) // frames
+            past: list[Tensor] = []
+            channels: list[int] = []
+            for start in range(0, len(slots), size):
+                own = slots[start : start + size]
+                rows = recorded.hidden[layer][sample, own].double()
+                if not channels:
+                    spread = rows.var(0, correction=0).tolist()
+                    order = sorted(range(len(spread)), key=lambda at: (spread[at], at))
+                    channels = order[: len(spread) // 2]
+                rows = rows[:, channels]
+                past.append(rows.mean(0))
+                found = novel(rows, past)
+                ranked = sorted(range(size), key=lambda at: (-found[at], at))
+                stays[sample, [own[at] for at in ranked[keep(size, size) :]]] = False
+        return Choice(layer, stays)
+
+    return choose

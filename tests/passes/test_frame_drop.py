@@ -1,0 +1,87 @@
+"""Dropping what is not new to a prompt's frames, against the untouched eager model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from oracles.agreement import check
+from oracles.plans import half, nearly
+from oracles.reduced import ReducedOracle
+from oracles.streams import evs, stc_pruner
+
+import vlmopt
+from vlmopt.errors import PreconditionError
+from vlmopt.passes.frames.evs import EfficientVideoSampling
+from vlmopt.passes.frames.stc_pruner import StcPruner
+
+CASES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "evs": ("evs{frames=2 keep=0.75}", lambda: evs(2, nearly(0.75))),
+    "stc-pruner": ("stc-pruner{frames=2 keep=0.5}", lambda: stc_pruner(2, half)),
+    "stc-pruner, cosine": (
+        "stc-pruner{frames=2 keep=0.5 strategy=dual_anchor}",
+        lambda: stc_pruner(2, half, dual=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", CASES)
+def test_equals_hiding_the_same_tokens(method: str, family: str) -> None:
+    """Three different prompts of two frames each, padded on the left; 16 tokens generated."""
+    text, choose = CASES[method]
+    model, inputs = zoo.build(family), zoo.inputs(family, batch=3, images=(2, 2, 2))
+    renumber = method != "evs" and family == "llava"
+    oracle = ReducedOracle(model, inputs, zoo.visual(inputs), [(0, choose())], renumber=renumber)
+    check(model, inputs, text, oracle, tokens=16)
+
+
+def frames(count: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, count * size, 8, generator=generator)
+
+
+def test_what_did_not_change_goes_first() -> None:
+    """Of a still picture the first frame stays, and what moved, there and back."""
+    hidden = frames(1, 6).repeat(1, 4, 1)
+    hidden[0, 6 + 2] *= -1
+    hidden[0, 18 + 5] *= -1
+    one = EfficientVideoSampling(frames=4, keep=(9,))
+    score = one.score(hidden, torch.ones(1, 24).bool())
+    best = score[0].sort(descending=True, stable=True).indices[: one.quota(24, 9)]
+    assert best.sort().values.tolist() == [0, 1, 2, 3, 4, 5, 8, 14, 23]
+    assert one.quota(24, 0.1) == 6  # never fewer than a frame has
+
+
+def test_every_frame_keeps_as_many() -> None:
+    one = StcPruner(frames=3, keep=(0.4,))
+    score = one.score(frames(3, 10), torch.ones(1, 30).bool())
+    assert score.view(3, 10).sum(1).tolist() == [4, 4, 4]
+    assert one.quota(30, 0.4) == 12
+    assert one.quota(30, 7) == 6
+    assert one.quota(30, 2) == 3  # at least one of each
+    assert one.quota(30, 1) == 30
+
+
+def test_frames_do_not_look_ahead() -> None:
+    one = StcPruner(frames=3, keep=(0.4,))
+    hidden = frames(3, 10)
+    before = one.score(hidden, torch.ones(1, 30).bool())
+    hidden[:, 20:] = -hidden[:, 20:]
+    assert torch.equal(one.score(hidden, torch.ones(1, 30).bool())[:, :20], before[:, :20])
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "why"),
+    [
+        ((2, 2), "evs{frames=3}", "32 visual tokens are not 3 frames"),
+        ((1, 2), "stc-pruner{frames=1}", "have 16, 32 visual tokens"),
+    ],
+)
+def test_tokens_that_are_no_frames(images: tuple[int, ...], text: str, why: str) -> None:
+    inputs = zoo.inputs("llava", batch=2, images=images)
+    with pytest.raises(PreconditionError, match=why):
+        vlmopt.optimize(zoo.build("llava"), inputs, text, backend="eager")
