@@ -82,6 +82,10 @@ class ExpertSkip(Pass):
         """The shares of pairs that go, of text and of vision, by layer, and how they are known."""
         return Pairs.AT_MOST, {}
 
+    def is_scored(self, program: Program) -> bool:
+        """Whether :meth:`stays` gets scores over all experts in place of weights."""
+        return False
+
     def score(self, weights: Tensor, classes: Tensor, *constants: float) -> Tensor:
         """What pairs are ranked by where not all that stay can be computed; a pure function.
 
@@ -156,7 +160,7 @@ class ExpertSkip(Pass):
             blocks = sum(len(find_experts(stage).blocks) for stage in _stages(program))
             ctx.remark("all experts of all tokens are kept")
             return PassResult(changed=False, matches=blocks)
-        constants = self.constants(program)
+        constants, scored = self.constants(program), self.is_scored(program)
         known, shares = self.skipped_shares(program)
         matches = 0
         for stage in _stages(program):
@@ -174,12 +178,26 @@ class ExpertSkip(Pass):
                 if count is None:
                     stays = partial(self._stays, constants=fixed)
                     kept = skip_pairs(
-                        stage, block, stays, given, ctx, prefix=self.name, match=matches
+                        stage,
+                        block,
+                        stays,
+                        given,
+                        ctx,
+                        prefix=self.name,
+                        match=matches,
+                        scored=scored,
                     )
                 else:
                     select = partial(self.select, constants=fixed, count=count)
                     kept = compute_pairs(
-                        stage, block, select, given, ctx, prefix=self.name, match=matches
+                        stage,
+                        block,
+                        select,
+                        given,
+                        ctx,
+                        prefix=self.name,
+                        match=matches,
+                        scored=scored,
                     )
                     tokens, k = block.ids.meta["val"].shape
                     ctx.remark(

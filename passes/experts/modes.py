@@ -38,8 +38,9 @@ class MoDES(ExpertSkip, Searched):
     may lose all of its experts. Layer weights say how far answers drift when a layer's experts are
     left out, thresholds what share of pairs goes.
 
-    Layer weights multiply the router's weights after normalisation, as in the official code; the
-    paper multiplies probabilities over all experts.
+    By default the router's weights after normalisation are scored, and layers weigh by modality,
+    as in the official code; ``of=scores`` takes scores over all experts, ``shared`` weighs each
+    layer once, as in the paper. An artifact says which it was made for.
 
     Reference: "MoDES: Accelerating Mixture-of-Experts Multimodal Large Language Models via Dynamic
     Expert Skipping", arXiv 2511.15690.
@@ -53,6 +54,11 @@ class MoDES(ExpertSkip, Searched):
     vision: float = option(0.0, "threshold of vision, 0 to skip nothing", ge=0)
     text_weights: tuple[float, ...] = option((), "of each layer with experts; none: 1", ge=0)
     vision_weights: tuple[float, ...] = option((), "of each layer with experts; none: 1", ge=0)
+    of: str = option(
+        "weights",
+        "what is scored: the router's weights, or its scores over all experts, not renormalised",
+        choices=("weights", "scores"),
+    )
     artifact: str = option("", "JSON file with weights and thresholds, in place of the above")
 
     margin: float = option(
@@ -74,6 +80,9 @@ class MoDES(ExpertSkip, Searched):
         gt=0,
     )
     vision_end: float = option(frontier.VISION_END, "for calibration: of those of vision", gt=0)
+    shared: bool = option(
+        False, "for calibration: weigh each layer once, its experts left out for all tokens"
+    )
     bypass: str = option(
         "normed_input",
         "for calibration: what takes the place of a layer's experts, as in published weights, or "
@@ -114,7 +123,10 @@ class MoDES(ExpertSkip, Searched):
                 )
             weights[kind] = list(given)
         thresholds = {"text": self.text, "vision": self.vision}
-        return {"layers": layers, "weights": weights, "thresholds": thresholds}
+        return {"layers": layers, "weights": weights, "thresholds": thresholds, "of": self.of}
+
+    def is_scored(self, program: Program) -> bool:
+        return bool(self.settings(program).get("of") == "scores")
 
     def pair_limits(self, program: Program) -> Mapping[tuple[str, int], int]:
         if not self.margin:
@@ -194,18 +206,23 @@ class MoDES(ExpertSkip, Searched):
 
     def variants(self, program: Program) -> list[Variant]:
         """The routed experts of one layer left out for text, then for vision; layer by layer."""
+        together = [tuple(KINDS)] if self.shared else [(kind,) for kind in KINDS]
         return [
             partial(
                 run_pipeline,
-                pipeline=[Bypass(layer=layer, kind=kind, special=self.special, result=self.bypass)],
+                pipeline=[
+                    Bypass(layer=layer, kind=kind, special=self.special, result=self.bypass)
+                    for kind in kinds
+                ],
             )
             for layer in layers_with_experts(program)
-            for kind in KINDS
+            for kinds in together
         ]
 
     def search(self, program: Program, rows: Tensor, run: Run) -> dict[str, Any]:
         count = rows[:, :1]
-        drift = ((rows[:, 1:].clamp(min=0) * count).sum(0) / count.sum()).view(-1, 2)
+        drift = (rows[:, 1:].clamp(min=0) * count).sum(0) / count.sum()
+        drift = drift.view(len(layers_with_experts(program)), -1).expand(-1, len(KINDS))
         weights = {
             kind: frontier.layer_weights(drift[:, at].tolist()) for at, kind in enumerate(KINDS)
         }
@@ -221,6 +238,7 @@ class MoDES(ExpertSkip, Searched):
                 vision=grids["vision"][vision],
                 text_weights=tuple(weights["text"]),
                 vision_weights=tuple(weights["vision"]),
+                of=self.of,
                 special=self.special,
                 count=True,
             )
@@ -239,7 +257,9 @@ class MoDES(ExpertSkip, Searched):
                 "text": grids["text"][found.text],
                 "vision": grids["vision"][found.vision],
             },
+            "of": self.of,
             "rho": self.rho,
+            "shared": self.shared,
             "bypass": self.bypass,
             "skipped": found.share,
             "divergence": found.harm,

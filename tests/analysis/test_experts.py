@@ -13,6 +13,7 @@ from tests import mixtures
 from tests.toys import decoder
 from vlmopt.analysis.experts import Dispatch, find_experts
 from vlmopt.errors import PreconditionError
+from vlmopt.passes.experts.modes import MoDES
 from vlmopt.passes.experts.naee import Naee
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Modality
@@ -123,3 +124,25 @@ def test_experts_that_all_compute_all_tokens() -> None:
     program = vlmopt.capture(zoo.build("llama4", layers=2), zoo.inputs("llama4"))
     with pytest.raises(PreconditionError, match="all 4 experts compute all tokens"):
         run_pipeline(program, "expert-topk")
+
+
+@pytest.mark.parametrize("dispatch", ["grouped", "batched", "loop"])
+@pytest.mark.parametrize("form", ["softmax", "softmax of the chosen", "sigmoid"])
+def test_scores_over_all_experts(
+    form: str, dispatch: str, given: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """As in the paper of MoDES: not the weights, which sum to 1 over the chosen."""
+    layer = mixtures.mixture(dispatch=dispatch, **FORMS[form])
+    program = mixtures.mixtures(layer, *given)
+    rows = given[0].reshape(-1, 8)
+    logits = rows @ layer.gate.t()
+    scores = logits.sigmoid() if form == "sigmoid" else logits.softmax(-1)
+    weights, ids = layer.route(rows)
+    chosen = scores.gather(1, ids)
+    limit = float(chosen[:, 0].median())
+    stays = chosen >= limit
+    stays[0] = False  # padding
+    assert not torch.equal(stays[1:], (weights >= limit)[1:])
+    run_pipeline(program, [MoDES(text=limit, vision=limit, of="scores")], verify="full")
+    (out,) = program["model"].graph_module(*given)
+    torch.testing.assert_close(out, layer.reference(given[0], stays), atol=1e-5, rtol=1e-5)

@@ -415,3 +415,19 @@ def test_compiled_with_nothing_and_everything_skipped(captured: Any, text: float
     with torch.no_grad():
         for found, wanted in zip(run(*random_inputs(stage, 3)), prefill(program), strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_calibration_as_in_the_paper(tmp_path: Path) -> None:
+    """One weight for each layer, scores over all experts; the artifact says so."""
+    model, sample = build("qwen3_vl_moe"), zoo.inputs("qwen3_vl_moe")
+    path = tmp_path / "modes.json"
+    one = MoDES(rho=0.3, grid=3, linear=True, of="scores", shared=True)
+    values = calibrate(model, [sample], one, path)
+    assert (values["of"], values["shared"]) == ("scores", True)
+    assert values["weights"]["text"] == values["weights"]["vision"]
+    text = f"modes{{artifact={path} count=true}}"
+    optimized = vlmopt.optimize(model, sample, text, backend="eager")
+    with torch.no_grad():
+        pairs = optimized(**sample).past_key_values.reported["expert_pairs"]
+    every, computed = pairs.sum((0, 1)).tolist()
+    assert 1 - computed / every == pytest.approx(values["skipped"], abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlmopt.passes import PASSES
+from vlmopt.passes.frames.base import FrameDrop
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.passes.tokens.patch_prune import PatchPrune
 from vlmopt.pipeline.options import option_types
@@ -12,7 +13,7 @@ from vlmopt.pipeline.registry import find_pass
 def token_methods(*, calibrated: bool = False) -> list[str]:
     """Names of the passes that drop visual tokens in the language model, as they come.
 
-    Not those that choose before the vision encoder.
+    Not those that choose before the vision encoder, or among the frames of a video.
 
     Args:
         calibrated: those too that cannot do without an artifact.
@@ -22,7 +23,7 @@ def token_methods(*, calibrated: bool = False) -> list[str]:
     return [
         name
         for name, one in drops
-        if (calibrated or not needs_artifact(name)) and not issubclass(one, PatchPrune)
+        if (calibrated or not needs_artifact(name)) and not issubclass(one, (PatchPrune, FrameDrop))
     ]
 
 

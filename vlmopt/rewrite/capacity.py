@@ -20,7 +20,14 @@ from vlmopt.graph.reach import reached, sources
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Stage
 from vlmopt.rewrite.emit import Emitter
-from vlmopt.rewrite.experts import matrices, operand, squeezed, summed, works_by_row
+from vlmopt.rewrite.experts import (
+    judged_by,
+    matrices,
+    operand,
+    squeezed,
+    summed,
+    works_by_row,
+)
 
 aten = torch.ops.aten
 
@@ -63,12 +70,14 @@ def compute_pairs(
     *,
     prefix: str,
     match: int,
+    scored: bool = False,
 ) -> fx.Node:
     """Compute the pairs of a block that ``select`` chooses, always the same number of them.
 
     Args:
         select: a pure function; it gets the weights in float32.
         values: further arguments of ``select``, known before the block.
+        scored: see :func:`~vlmopt.rewrite.experts.judged_by`.
         prefix: first part of the names of new nodes.
         match: number of this block among those rewritten, from 1.
 
@@ -94,9 +103,9 @@ def compute_pairs(
     emit = Emitter.of_pass(ctx, stage, block.weighted, prefix, match)
 
     def dispatch(
-        weights: Tensor, ids: Tensor, rows: Tensor, row_weights: Tensor, *given: Tensor
+        judged: Tensor, ids: Tensor, rows: Tensor, row_weights: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
-        pairs, chosen = select(weights.float(), ids, *given)
+        pairs, chosen = select(judged.float(), ids, *given)
         count = pairs.shape[0]
         flat = ids.reshape(-1)
         # no expert has this number: such rows sort last, behind all groups
@@ -118,7 +127,7 @@ def compute_pairs(
         row_weights = _row_weights(block)
         taken, weights, order, ends, slots, kept = emit.trace(
             dispatch,
-            *(block.weights, block.ids, block.rows, row_weights, *values),
+            *(judged_by(emit, block, scored), block.ids, block.rows, row_weights, *values),
             names=("rows", "weights", "order", "ends", "slots", "kept"),
         )
         new = _replaced(emit, block, row_weights, taken, weights, order)

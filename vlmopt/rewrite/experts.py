@@ -38,12 +38,14 @@ def skip_pairs(
     *,
     prefix: str,
     match: int,
+    scored: bool = False,
 ) -> fx.Node:
     """Compute only the pairs of a block that stay; the others weigh nothing.
 
     Args:
         stays: a pure function; it gets the weights in float32.
         values: further arguments of ``stays``, known before the block.
+        scored: see :func:`judged_by`.
         prefix: first part of the names of new nodes.
         match: number of this block among those rewritten, from 1.
 
@@ -61,8 +63,8 @@ def skip_pairs(
     if first < block.ids or first < block.weights:
         raise ExpertMismatchError("ids of experts are read before their weights", node=first)
 
-    def skipped(weights: Tensor, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-        kept = stays(weights.float(), ids, *given)
+    def skipped(judged: Tensor, weights: Tensor, ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        kept = stays(judged.float(), ids, *given)
         # no expert has this number: histograms leave it out, and rows behind all groups are not
         # computed
         nobody = torch.full_like(ids, block.experts)
@@ -70,7 +72,7 @@ def skip_pairs(
         return torch.where(kept, ids, nobody), lighter, kept
 
     with graph.inserting_before(first):
-        given = block.weights, block.ids, *values
+        given = judged_by(emit, block, scored), block.weights, block.ids, *values
         ids, weights, kept = emit.trace(skipped, *given, names=("ids", "weights", "kept"))
     for user in block.ids_users:
         user.replace_input_with(block.ids, ids)
@@ -79,6 +81,23 @@ def skip_pairs(
     if block.dispatch is Dispatch.GROUPED:  # a loop asks for no row of that number
         _leave_rows_out(emit, block)
     return cast("fx.Node", kept)
+
+
+def judged_by(emit: Emitter, block: ExpertBlock, scored: bool) -> fx.Node:
+    """What methods judge pairs by, ``[tokens, k]``: their weights.
+
+    Args:
+        scored: by what the router makes of all logits instead, before it renormalises anything.
+    """
+    if not scored:
+        return block.weights
+    given = block.router.logits, block.ids, block.router.score == "softmax"
+    return cast("fx.Node", emit.trace(_scores, *given, names=("scores",)))
+
+
+def _scores(logits: Tensor, ids: Tensor, soft: bool) -> Tensor:
+    scores = logits.float().softmax(-1) if soft else logits.float().sigmoid()
+    return scores.gather(-1, ids)
 
 
 def bypass_experts(
