@@ -114,7 +114,8 @@ class Output:
 
             def move(done: int, total: int | None) -> None:
                 if total not in tasks:
-                    tasks[total] = progress.add_task(remaining.pop(0), total=total)
+                    name = remaining.pop(0) if len(remaining) > 1 else remaining[0]
+                    tasks[total] = progress.add_task(name, total=total)
                 progress.update(tasks[total], completed=done)
 
             yield move
