@@ -7,7 +7,7 @@ that costs grows as tokens are dropped: the fewer the rows, the less work per pa
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -63,10 +63,7 @@ def _pack(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
     rows, _, bias = (*node.args, None)[:3]
     with gm.graph.inserting_before(node):
         given = gm.graph.get_attr(name)
-        call = gm.graph.call_function(torch.ops.vlmopt.packed_linear.default, (rows, given, bias))
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    gm.graph.erase_node(node)
+    _replace(node, torch.ops.vlmopt.packed_linear.default, rows, given, bias)
     return True
 
 
@@ -77,13 +74,16 @@ def _pack_experts(gm: fx.GraphModule, node: fx.Node) -> bool:
     if source.op != "get_attr" or not _is_packable(weight := fetch_attr(gm, str(source.target))):
         return False
     pack_matrices(weight, transposed)  # now, and not in the first call
-    with gm.graph.inserting_before(node):
-        given = rows, source, transposed, ends
-        call = gm.graph.call_function(torch.ops.vlmopt.packed_grouped_mm.default, given)
+    _replace(node, torch.ops.vlmopt.packed_grouped_mm.default, rows, source, transposed, ends)
+    return True
+
+
+def _replace(node: fx.Node, target: Any, *args: Any) -> None:
+    with node.graph.inserting_before(node):
+        call = node.graph.call_function(target, args)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
-    gm.graph.erase_node(node)
-    return True
+    node.graph.erase_node(node)
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmopt.errors import ArtifactError, OptionError, PreconditionError
 from vlmopt.program import Program, Role
 from vlmopt.rewrite.reuse import CHANGED, REUSE, STATE
+from vlmopt.runtime.encoder import inputs_of
 from vlmopt.runtime.model import BACKENDS, compile_stage
 
 
@@ -71,7 +72,6 @@ class FrameEncoder:
         self.stage, self.selective = (program[name] for name in facts["stages"])
         self._run = compile_stage(self.stage, backend)
         self._run_selective = compile_stage(self.selective, backend)
-        self.inputs = tuple(port for port in self.stage.inputs)
         self.state = tuple(port for port in self.selective.inputs if port.role in STATE)
 
     def session(self, *, cut: float | None = None) -> FrameSession:
@@ -102,19 +102,12 @@ class FrameEncoder:
         return EncodedFrames(named, False, similarity, named.pop(CHANGED, None))
 
     def _given(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        given = []
-        for port in self.inputs:
-            wanted = tuple(self.stage.placeholder(port).meta["val"].shape)
-            found = values.get(port.name)
-            if found is None or tuple(found.shape) != wanted:
-                raise PreconditionError(
-                    f"the encoder was captured with {port.name} {list(wanted)}, and is called with "
-                    f"{None if found is None else list(found.shape)}",
-                    hint="give as many frames at once as the program was captured with, of the "
-                    "same size",
-                )
-            given.append(found)
-        return given
+        return inputs_of(
+            self.stage,
+            values,
+            "encoder",
+            hint="give as many frames at once as the program was captured with, of the same size",
+        )
 
 
 class FrameSession:

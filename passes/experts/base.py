@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from vlmopt import artifacts
 from vlmopt.analysis.cost import Pairs
 from vlmopt.analysis.experts import ExpertBlock, find_experts
 from vlmopt.analysis.modality import modality_of_tokens
@@ -175,30 +177,22 @@ class ExpertSkip(Pass):
                 given = () if present is None else (present,)
                 fixed = constants.get(block.layer, ())
                 count = limits.get((stage.name, block.layer))
-                if count is None:
-                    stays = partial(self._stays, constants=fixed)
-                    kept = skip_pairs(
-                        stage,
-                        block,
-                        stays,
-                        given,
-                        ctx,
-                        prefix=self.name,
-                        match=matches,
-                        scored=scored,
-                    )
-                else:
-                    select = partial(self.select, constants=fixed, count=count)
-                    kept = compute_pairs(
-                        stage,
-                        block,
-                        select,
-                        given,
-                        ctx,
-                        prefix=self.name,
-                        match=matches,
-                        scored=scored,
-                    )
+                rewrite: Callable[..., fx.Node] = skip_pairs
+                rule: Callable[..., Any] = partial(self._stays, constants=fixed)
+                if count is not None:
+                    rewrite = compute_pairs
+                    rule = partial(self.select, constants=fixed, count=count)
+                kept = rewrite(
+                    stage,
+                    block,
+                    rule,
+                    given,
+                    ctx,
+                    prefix=self.name,
+                    match=matches,
+                    scored=scored,
+                )
+                if count is not None:
                     tokens, k = block.ids.meta["val"].shape
                     ctx.remark(
                         f"layer {block.layer} computes {count} of {tokens * k} pairs of token and "
@@ -207,12 +201,9 @@ class ExpertSkip(Pass):
                         stage=stage.name,
                     )
                 if self.count and present is not None:
-                    with stage.graph.inserting_after(kept):
-                        end = stage.graph.call_function(torch.ops.aten.alias.default, (kept,))
                     emit = Emitter.of_pass(ctx, stage, kept, self.name, matches)
-                    with stage.graph.inserting_before(end):
+                    with stage.graph.inserting_before(kept.next):
                         counts.append(emit.trace(_count, kept, present, names=("pairs",)))
-                    stage.graph.erase_node(end)
             # where their number is fixed, rows are no more than the pairs that are computed
             free = [b.layer for b in experts.blocks if (stage.name, b.layer) not in limits]
             if free:
@@ -291,3 +282,18 @@ def blocks_of(program: Program) -> Iterator[tuple[Stage, ExpertBlock]]:
 def layers_with_experts(program: Program) -> tuple[int, ...]:
     """Layers that hold a mixture of experts, in order."""
     return tuple(sorted({block.layer for _, block in blocks_of(program)}))
+
+
+def read_calibrated(path: str, name: str, program: Program) -> dict[str, Any]:
+    """What a calibration of pass ``name`` found.
+
+    Raises:
+        ArtifactError: the artifact is missing, or of another model.
+        OptionError: it is for other layers.
+    """
+    layers, found = list(layers_with_experts(program)), artifacts.read(path, name, program)
+    if found["layers"] != layers:
+        raise OptionError(
+            f"{name}: {path} is for layers {found['layers']}, and there are experts in {layers}"
+        )
+    return found

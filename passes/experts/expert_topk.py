@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmopt import artifacts
 from vlmopt.analysis.cost import Pairs
 from vlmopt.errors import OptionError
 from vlmopt.passes.experts.base import (
     ExpertSkip,
     blocks_of,
     layers_with_experts,
+    read_calibrated,
     rounded_up,
     visual_tokens,
 )
@@ -61,12 +61,7 @@ class ExpertTopK(ExpertSkip):
     def constants(self, program: Program) -> Mapping[int, tuple[float, ...]]:
         layers = layers_with_experts(program)
         if self.artifact:
-            found = artifacts.read(self.artifact, "modes", program)
-            if found["layers"] != list(layers):
-                raise OptionError(
-                    f"{self.name}: {self.artifact} is for layers {found['layers']}, and there are "
-                    f"experts in {list(layers)}"
-                )
+            found = read_calibrated(self.artifact, "modes", program)
             k = {block.layer: block.k for _, block in blocks_of(program)}
             skipped = zip(*(found["skipped_by_layer"][kind] for kind in KINDS), strict=True)
             return {

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmopt import artifacts
 from vlmopt.analysis.cost import Pairs
 from vlmopt.calibration import Run, Searched, Variant
 from vlmopt.errors import OptionError
@@ -20,6 +19,7 @@ from vlmopt.passes.experts.base import (
     ExpertSkip,
     blocks_of,
     layers_with_experts,
+    read_calibrated,
     rounded_up,
     visual_tokens,
 )
@@ -104,15 +104,9 @@ class MoDES(ExpertSkip, Searched):
             ArtifactError: the artifact is missing, or of another model.
             OptionError: there are not as many weights as layers with experts.
         """
-        layers = list(layers_with_experts(program))
         if self.artifact:
-            found = artifacts.read(self.artifact, self.name, program)
-            if found["layers"] != layers:
-                raise OptionError(
-                    f"{self.name}: {self.artifact} is for layers {found['layers']}, and there are "
-                    f"experts in {layers}"
-                )
-            return found
+            return read_calibrated(self.artifact, self.name, program)
+        layers = list(layers_with_experts(program))
         weights = {}
         for kind in ("text", "vision"):
             given = getattr(self, f"{kind}_weights") or (1.0,) * len(layers)
@@ -187,12 +181,12 @@ class MoDES(ExpertSkip, Searched):
         Returns:
             bool ``[tokens, k]``.
         """
-        seen = classes == Modality.VISION
+        score = MoDES.score(weights, classes, text_weight, vision_weight, text, vision)
         # an expert that only just reaches the threshold stays
-        return torch.where(seen, weights * vision_weight >= vision, weights * text_weight >= text)
+        return score >= torch.where(classes == Modality.VISION, vision, text)
 
+    @staticmethod
     def score(  # type: ignore[override]
-        self,
         weights: Tensor,
         classes: Tensor,
         text_weight: float,

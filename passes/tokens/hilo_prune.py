@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -83,8 +84,11 @@ class HiLoPrune(TokenDrop):
     def _sizes(self, present: int) -> tuple[int, int]:
         """How many tokens of so many stay, and how many the coarse set has."""
         quota = self.quota(present, self.keep[0])
-        wide = quota + 0.3 * present if not self.alpha else self.alpha * quota
-        return quota, max(quota, min(math.ceil(wide - 1e-6), present))
+        return quota, max(quota, min(math.ceil(self._wide(quota, present) - 1e-6), present))
+
+    def _wide(self, quota: Any, present: Any) -> Any:
+        """Size of the coarse set before rounding, of numbers or tensors."""
+        return self.alpha * quota if self.alpha else quota + 0.3 * present
 
     def select(self, modality: Tensor, pixels: Tensor, hidden: Tensor, most: int) -> Tensor:
         """Above 0 for what stays, earlier picks first; below 0 for runners-up; else 0.
@@ -101,8 +105,8 @@ class HiLoPrune(TokenDrop):
         slots, valid = select.visual_slots(visual, visual.shape[1])
         present = visual.sum(1, keepdim=True)
         quota = self._quotas(present, self.keep[0])
-        wide = quota + 0.3 * present if not self.alpha else self.alpha * quota
-        coarse_size = torch.minimum(torch.ceil(wide - 1e-6).long(), present)
+        wide = torch.ceil(self._wide(quota, present) - 1e-6).long()
+        coarse_size = torch.minimum(wide, present)
         coarse = self.first(select.take(pixels, slots), valid, coarse_size, most)
         fine = self.first(select.take(hidden, slots), coarse > 0, quota, most)
         found = torch.where(fine > 0, fine, torch.where(coarse > 0, -1.0, 0.0))

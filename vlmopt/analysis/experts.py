@@ -40,7 +40,7 @@ _VIEWS = (
 CASTS = (aten._to_copy.default, aten.to.dtype, aten.type_as.default)
 _SPREADS = (aten.scatter.src, aten.scatter.value)
 _COMPARES = (aten.eq.Scalar, aten.one_hot.default)
-_INSTEAD = (
+INSTEAD = (
     "choose another implementation before capturing: model.set_experts_implementation('grouped_mm')"
 )
 
@@ -279,7 +279,7 @@ def _block(chosen: fx.Node, logits: fx.Node, ids: fx.Node) -> ExpertBlock:
     if compared:
         return _looped(chosen, logits, ids, compared)
     raise ExpertMismatchError(
-        "it cannot be told how tokens reach their experts", node=ids, hint=_INSTEAD
+        "it cannot be told how tokens reach their experts", node=ids, hint=INSTEAD
     )
 
 
@@ -400,7 +400,7 @@ def _looped(
         raise ExpertMismatchError(
             f"experts are called in a loop, but not each of {experts} once by its number",
             node=compared[0],
-            hint=_INSTEAD,
+            hint=INSTEAD,
         )
     results = _computed_from(ids)
     sums = [node for node in results if node.target is aten.index_add.default]
@@ -414,7 +414,7 @@ def _looped(
             "experts are called in a loop that does not take rows of tokens, weigh the results and "
             "add them up (index_add)",
             node=compared[0],
-            hint=_INSTEAD,
+            hint=INSTEAD,
         )
     return _finished(
         chosen,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmopt.analysis.experts import find_experts
 from vlmopt.bench.models import layers_and_width
-from vlmopt.bench.prefill import markdown, milliseconds
-from vlmopt.bench.timing import Ratio, interleave, is_noisy
-from vlmopt.errors import VerifyError
+from vlmopt.bench.prefill import difference, markdown, milliseconds, require_parity
+from vlmopt.bench.timing import Ratio, finishing, interleave, is_noisy
 from vlmopt.graph.compare import TOLERANCES
 from vlmopt.passes.experts.base import PAIRS
 from vlmopt.passes.experts.modes import MoDES
@@ -235,7 +235,7 @@ def measure(
         seconds = interleave(
             functions,
             rounds,
-            wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+            wait=finishing(device),
             progress=lambda done: progress(f"{name}: round {done} of {rounds}"),
         )
     return Mixture(size, kind, backend, tuple(cuts), seconds)
@@ -248,8 +248,6 @@ def _compiled(program: Program, given: tuple[Tensor, ...], backend: str) -> Call
 
 def _router_weights(program: Program, given: tuple[Tensor, ...]) -> Tensor:
     """Weights of all chosen experts of all layers of the untouched stack, float32."""
-    from vlmopt.analysis.experts import find_experts
-
     seen: list[Tensor] = []
     wanted = {block.weights for block in find_experts(program["model"]).blocks}
 
@@ -275,13 +273,8 @@ def _computed(program: Program, one: MoDES, given: tuple[Tensor, ...]) -> int:
 
 
 def _checked(what: str, result: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
-    error = float((result - reference).float().norm() / reference.float().norm())
-    if not error <= _TOLERANCES[dtype]:
-        raise VerifyError(
-            "parity",
-            f"{what}: results of Inductor and eager mode differ by {error:.1e} of their norm, more "
-            f"than {_TOLERANCES[dtype]:g}",
-        )
+    error = difference(result, reference)
+    require_parity(what, "results", error, _TOLERANCES[dtype])
     return error
 
 
@@ -311,8 +304,7 @@ def table(results: Sequence[Mixture]) -> str:
                     f"{cut.skipped:.1%}",
                     milliseconds(result.seconds["hf"]),
                     milliseconds(result.seconds[cut.pipeline]),
-                    f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
-                    + (" noisy" if result.noisy else ""),
+                    ratio.text(noisy=result.noisy),
                     f"{cut.ideal:.2f}",
                     f"{ratio.value / cut.ideal:.2f}",
                     f"{captured:.2f} ({captured / cut.ideal:.2f})",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmopt.bench.prefill import markdown, milliseconds
-from vlmopt.bench.timing import Ratio, interleave, is_noisy
+from vlmopt.bench.timing import Ratio, finishing, interleave, is_noisy
 from vlmopt.errors import OptionError, VerifyError
 from vlmopt.ops.attention import (
     attention_mass,
@@ -154,7 +154,7 @@ def measure(
             seconds = interleave(
                 functions,
                 rounds,
-                wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+                wait=finishing(device),
                 progress=_round(progress, text, rounds),
             )
         kind = str(dtype).removeprefix("torch.")
@@ -194,8 +194,7 @@ def table(results: Sequence[Measured]) -> str:
             f"{scores.matrix_bytes / 2**20:.0f} MiB",
             milliseconds(result.seconds["eager"]),
             milliseconds(result.seconds["operator"]),
-            f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
-            + (" noisy" if result.noisy else ""),
+            ratio.text(noisy=result.noisy),
         ]
         if blocks:
             row.insert(7, milliseconds(result.seconds.get("blocks", result.seconds["operator"])))

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmopt.analysis.cost import stage_cost
 from vlmopt.bench.methods import one_cut
 from vlmopt.bench.models import Shape, build_llava, prompt
-from vlmopt.bench.timing import Ratio, interleave, is_noisy
+from vlmopt.bench.timing import Ratio, finishing, interleave, is_noisy
 from vlmopt.errors import VerifyError
 from vlmopt.graph.compare import TOLERANCES
 from vlmopt.pipeline.manager import run_pipeline
@@ -171,8 +171,8 @@ def measure(
             else:
                 functions[baseline] = _compiled_module(model, values, mask=baseline == "hf_mask")
                 result = functions[baseline]().last_hidden_state
-            errors[baseline] = _difference(result, truth)
-            _check(baseline, errors[baseline], dtype)
+            errors[baseline] = difference(result, truth)
+            require_parity(baseline, "hidden states", errors[baseline], TOLERANCES[dtype])
         cuts = []
         for method, keep in itertools.product(methods, keeps):
             pipeline = one_cut(method, layer, keep)
@@ -191,7 +191,7 @@ def measure(
             seconds = interleave(
                 {one: functions[one] for one in (*baselines, *(cut.pipeline for cut in own))},
                 rounds,
-                wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+                wait=finishing(device),
                 progress=partial(_tell_round, progress, f"{name}: {method}", rounds),
             )
             results.append(
@@ -291,11 +291,11 @@ def _checked(
     result, reference = _hidden(stage, fast), _hidden(stage, eager)
     if stage.last_cut is not None:  # else all tokens are back in the end
         result, reference = result[:, torch.isin(found, wanted)], reference[:, both]
-    error = _difference(result, reference)
+    error = difference(result, reference)
     if same == 1 or not getattr(
         find_pass(method), "merges", False
     ):  # else other tokens were merged into these
-        _check(pipeline, error, dtype)
+        require_parity(pipeline, "hidden states", error, TOLERANCES[dtype])
     return same, error
 
 
@@ -304,16 +304,18 @@ def flops_ideal(before: Stage, after: Stage) -> float:
     return stage_cost(before).flops / stage_cost(after).flops
 
 
-def _difference(result: Tensor, reference: Tensor) -> float:
+def difference(result: Tensor, reference: Tensor) -> float:
+    """Norm of the difference, relative to that of ``reference``."""
     return float((result - reference).float().norm() / reference.float().norm())
 
 
-def _check(what: str, error: float, dtype: torch.dtype) -> None:
-    if not error <= TOLERANCES[dtype]:
+def require_parity(what: str, values: str, error: float, limit: float) -> None:
+    """Raise a ``VerifyError`` where compiled ``values`` are off by more than ``limit``."""
+    if not error <= limit:
         raise VerifyError(
             "parity",
-            f"{what}: hidden states of Inductor and eager mode differ by {error:.1e} of their "
-            f"norm, more than {TOLERANCES[dtype]:g}",
+            f"{what}: {values} of Inductor and eager mode differ by {error:.1e} of their norm, "
+            f"more than {limit:g}",
         )
 
 
@@ -349,8 +351,7 @@ def table(results: Sequence[Prefill]) -> str:
                     f"{result.shape.visual} -> {cut.keep}",
                     milliseconds(result.seconds[result.baseline]),
                     milliseconds(result.seconds[cut.pipeline]),
-                    f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
-                    + (" noisy" if result.noisy else ""),
+                    ratio.text(noisy=result.noisy),
                     f"{cut.ideal:.2f}",
                     f"{ratio.value / cut.ideal:.2f}",
                     _over(result, cut, "hf_mask"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 NOISY = 0.15
 """A median this far above the minimum tells that other work shared the machine."""
@@ -54,6 +55,11 @@ def interleave(
     return seconds
 
 
+def finishing(device: str) -> Callable[[], None]:
+    """What returns when a device has finished what it was given, for :func:`interleave`."""
+    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster one function is than another.
@@ -66,6 +72,10 @@ class Ratio:
     value: float
     low: float
     high: float
+
+    def text(self, *, noisy: bool) -> str:
+        """The ratio with its interval, and whether to trust it."""
+        return f"{self.value:.2f} ({self.low:.2f}-{self.high:.2f})" + (" noisy" if noisy else "")
 
     @classmethod
     def of(cls, slow: Sequence[float], fast: Sequence[float]) -> Ratio:

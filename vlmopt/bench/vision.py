@@ -12,9 +12,14 @@ from typing import Any
 import torch
 
 from vlmopt.bench.models import layers_and_width
-from vlmopt.bench.prefill import flops_ideal, markdown, milliseconds
-from vlmopt.bench.timing import Ratio, interleave, is_noisy
-from vlmopt.errors import VerifyError
+from vlmopt.bench.prefill import (
+    difference,
+    flops_ideal,
+    markdown,
+    milliseconds,
+    require_parity,
+)
+from vlmopt.bench.timing import Ratio, finishing, interleave, is_noisy
 from vlmopt.graph.compare import TOLERANCES
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.tracing import capture
@@ -147,17 +152,12 @@ def measure(
             run: Any = torch.compile(function, dynamic=False)
             functions[variant] = lambda run=run: run(images)  # type: ignore[misc]
             wanted, found = _logits(function(images)), _logits(functions[variant]())
-            errors[variant] = float((found - wanted).float().norm() / wanted.float().norm())
-            if not errors[variant] <= TOLERANCES[dtype]:
-                raise VerifyError(
-                    "parity",
-                    f"{variant}: logits of Inductor and eager mode differ by {errors[variant]:.1e} "
-                    f"of their norm, more than {TOLERANCES[dtype]:g}",
-                )
+            errors[variant] = difference(found, wanted)
+            require_parity(variant, "logits", errors[variant], TOLERANCES[dtype])
         seconds = interleave(
             functions,
             rounds,
-            wait=torch.cuda.synchronize if device.startswith("cuda") else lambda: None,
+            wait=finishing(device),
             progress=lambda done: progress(f"{name}: round {done} of {rounds}"),
         )
     ideal = flops_ideal(program["model"], rewritten["model"])
@@ -195,8 +195,7 @@ def table(results: Sequence[Encoding]) -> str:
                 result.pipeline,
                 milliseconds(result.seconds["hf"]),
                 milliseconds(result.seconds[result.pipeline]),
-                f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
-                + (" noisy" if result.noisy else ""),
+                ratio.text(noisy=result.noisy),
                 f"{result.ideal:.2f}",
                 f"{ratio.value / result.ideal:.2f}",
                 f"{captured:.2f} ({captured / result.ideal:.2f})",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 import vlmopt.ops  # noqa: F401 - registers vlmopt::grouped_mm
-from vlmopt.analysis.experts import CASTS, Dispatch, ExpertBlock
+from vlmopt.analysis.experts import CASTS, INSTEAD, Dispatch, ExpertBlock
 from vlmopt.errors import ExpertMismatchError
 from vlmopt.graph.reach import reached, sources
 from vlmopt.pipeline.passes import PassContext
@@ -91,8 +91,7 @@ def compute_pairs(
         raise ExpertMismatchError(
             "experts are called in a loop: the number of rows of each depends on data",
             node=block.weighted,
-            hint="choose another implementation before capturing: "
-            "model.set_experts_implementation('grouped_mm')",
+            hint=INSTEAD,
         )
     graph = stage.graph
     result = summed(block)

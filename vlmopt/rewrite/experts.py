@@ -119,18 +119,15 @@ def bypass_experts(
     graph = stage.graph
     result = summed(block)
     users = list(result.users)
-    with graph.inserting_after(result):
-        end = graph.call_function(aten.alias.default, (result,))
 
     def replaced(result: Tensor, rows: Tensor, classes: Tensor) -> Tensor:
         instead = rows.to(result.dtype) if normed_input else torch.zeros_like(result)
         return torch.where((classes == kind).reshape(-1, 1), instead, result)
 
-    with graph.inserting_before(end):
+    with graph.inserting_before(result.next):
         emit = Emitter.of_pass(ctx, stage, block.weighted, prefix)
         given = result, block.rows, classes
         bypassed = emit.trace(replaced, *given, names=("bypassed",))
-    graph.erase_node(end)
     for user in users:
         user.replace_input_with(result, bypassed)
 

@@ -148,18 +148,36 @@ def _run_stage(
     Raises:
         PreconditionError: other shapes than those captured.
     """
+    given = inputs_of(
+        stage,
+        values,
+        stage.name.replace("_", " "),
+        hint="prompts with images and videos, or with images encoded one by one, need passes that "
+        "leave the encoder alone",
+    )
+    results = run(*given)
+    return dict(zip((port.name for port in stage.outputs), results, strict=True))
+
+
+def inputs_of(stage: Stage, values: Mapping[str, Tensor], what: str, *, hint: str) -> list[Tensor]:
+    """The inputs of a stage in order, by the names of its ports.
+
+    Args:
+        what: the stage, in messages; ``hint``: what to try where shapes are others.
+
+    Raises:
+        PreconditionError: other shapes than those captured.
+    """
     for port in stage.inputs:
         wanted = tuple(stage.placeholder(port).meta["val"].shape)
         found = values.get(port.name)
         if found is None or tuple(found.shape) != wanted:
             raise PreconditionError(
-                f"the {stage.name.replace('_', ' ')} was captured with {port.name} {list(wanted)}, "
-                f"and is called with {None if found is None else list(found.shape)}",
-                hint="prompts with images and videos, or with images encoded one by one, need "
-                "passes that leave the encoder alone",
+                f"the {what} was captured with {port.name} {list(wanted)}, and is called with "
+                f"{None if found is None else list(found.shape)}",
+                hint=hint,
             )
-    results = run(*(values[port.name] for port in stage.inputs))
-    return dict(zip((port.name for port in stage.outputs), results, strict=True))
+    return [values[port.name] for port in stage.inputs]
 
 
 class OutputForm:
