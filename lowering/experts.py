@@ -17,6 +17,7 @@ from torch._dynamo import config
 
 from vlmopt.program import copy_graph
 
+aten = torch.ops.aten
 _OPS = torch.ops.vlmopt
 MARK = _OPS.computed_rows.default
 
@@ -24,6 +25,16 @@ MARK = _OPS.computed_rows.default
 def has_skipped_rows(gm: fx.GraphModule) -> bool:
     """Whether some rows are marked as not computed."""
     return bool(gm.graph.find_nodes(op="call_function", target=MARK))
+
+
+def with_kernels(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose grouped products on the CPU are vlmopt's; ATen's take one after the other."""
+    result = fx.GraphModule(gm, copy_graph(gm.graph))
+    for node in result.graph.find_nodes(op="call_function", target=aten._grouped_mm.default):
+        if node.meta["val"].device.type == "cpu" and len(node.args) == 3 and not node.kwargs:
+            node.target = _OPS.grouped_mm.default
+    result.recompile()
+    return result
 
 
 def without_skipped_rows(gm: fx.GraphModule) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""Linear layers and the products of experts by oneDNN, on weights packed once.
+"""Linear layers by oneDNN, on weights packed once.
 
 Inductor hands float32 products to MKL, which packs the weight anew in every call and knows the
 vector units of one vendor only; in bfloat16 it has oneDNN do the packing, in every call too. What
@@ -7,14 +7,12 @@ that costs grows as tokens are dropped: the fewer the rows, the less work per pa
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx
 
-from vlmopt.analysis.experts import GROUPED_PRODUCTS
 from vlmopt.errors import PreconditionError
-from vlmopt.ops.experts import pack_matrices
 from vlmopt.ops.packed import is_available, packed
 from vlmopt.program import attach_attr, copy_graph, fetch_attr
 
@@ -24,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which linear layers and experts with weights of their own run on packed ones.
+    """A copy in which linear layers with weights of their own run on packed ones.
 
     Each weight is packed once, whatever the number of graphs that hold it, and takes its memory a
     second time. ``gm`` is not changed; weights that change later are not seen.
@@ -36,12 +34,7 @@ def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
     result = fx.GraphModule(gm, copy_graph(gm.graph))
     found = 0
     for node in result.graph.find_nodes(op="call_function", target=aten.linear.default):
-        source = node.args[1]
-        if isinstance(source, fx.Node) and source.op == "get_attr":
-            found += _pack(result, node, str(source.target))
-    for target in GROUPED_PRODUCTS:
-        for node in result.graph.find_nodes(op="call_function", target=target):
-            found += _pack_experts(result, node)
+        found += _pack(result, node)
     if not found:
         raise PreconditionError(
             "no linear layer here can run on packed weights: that takes float32 or bfloat16 on the "
@@ -54,36 +47,36 @@ def with_packed_weights(gm: fx.GraphModule) -> fx.GraphModule:
     return result
 
 
-def _pack(gm: fx.GraphModule, node: fx.Node, path: str) -> bool:
+def _pack(gm: fx.GraphModule, node: fx.Node) -> bool:
+    rows, source, bias = (*node.args, None)[:3]
+    source, features = _part(cast("fx.Node", source))
+    if source.op != "get_attr":
+        return False
+    path = str(source.target)
     weight = fetch_attr(gm, path)
     if not _is_packable(weight):
         return False
-    name = f"packed.{path}"
-    attach_attr(gm, name, packed(weight))
-    rows, _, bias = (*node.args, None)[:3]
+    start, stop, _ = features.indices(weight.shape[0])
+    name = f"packed.{path}_{start}_{stop}" if features != slice(None) else f"packed.{path}"
+    attach_attr(gm, name, packed(weight, start, stop))
     with gm.graph.inserting_before(node):
         given = gm.graph.get_attr(name)
-    _replace(node, torch.ops.vlmopt.packed_linear.default, rows, given, bias)
-    return True
-
-
-def _pack_experts(gm: fx.GraphModule, node: fx.Node) -> bool:
-    rows, matrices, ends = cast("tuple[fx.Node, ...]", node.args[:3])
-    transposed = matrices.target is aten.transpose.int and set(matrices.args[1:]) == {-2, -1}
-    source = cast("fx.Node", matrices.args[0]) if transposed else matrices
-    if source.op != "get_attr" or not _is_packable(weight := fetch_attr(gm, str(source.target))):
-        return False
-    pack_matrices(weight, transposed)  # now, and not in the first call
-    _replace(node, torch.ops.vlmopt.packed_grouped_mm.default, rows, source, transposed, ends)
-    return True
-
-
-def _replace(node: fx.Node, target: Any, *args: Any) -> None:
-    with node.graph.inserting_before(node):
-        call = node.graph.call_function(target, args)
+        call = gm.graph.call_function(torch.ops.vlmopt.packed_linear.default, (rows, given, bias))
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
-    node.graph.erase_node(node)
+    gm.graph.erase_node(node)
+    return True
+
+
+def _part(source: fx.Node) -> tuple[fx.Node, slice]:
+    """The weight of which output features side by side are taken, and which."""
+    if source.target is not aten.slice.Tensor:
+        return source, slice(None)
+    weight, dim, start, stop, step = (*source.args, *[None] * 4)[:5]
+    is_known = not any(isinstance(end, fx.Node) for end in (start, stop))
+    if dim not in (None, 0, -2) or step not in (None, 1) or not is_known:
+        return source, slice(None)
+    return cast("fx.Node", weight), slice(start, stop)
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -32,6 +32,7 @@ from vlmopt.graph.text import dtype_text, op_text
 from vlmopt.ops import DECOMPOSITIONS, STEPS
 from vlmopt.ops.experts import best_tile, grouped_mm_tiles, tile_count
 from vlmopt.program import Port, Program, Role, Stage, copy_graph, fetch_attr
+from vlmopt.rewrite.reuse import REUSE
 
 aten = torch.ops.aten
 
@@ -541,6 +542,8 @@ def _describe(stage: Stage, report: StageReport) -> dict[str, Any]:
         described["grouped_products"] = products
     if "encoding" in stage.facts:
         described["encoding"] = stage.facts["encoding"]
+    if REUSE in stage.facts:
+        described[REUSE] = stage.facts[REUSE]
     if stage.cuts:
         described["cuts"] = [
             {

@@ -36,6 +36,10 @@ PASSES = {
     "stc-cacher": "vlmopt.passes.frames.stc_cacher:StcCacher",
     "stc-pruner": "vlmopt.passes.frames.stc_pruner:StcPruner",
     "evs": "vlmopt.passes.frames.evs:EfficientVideoSampling",
+    "soda": "vlmopt.passes.denoise.soda:Soda",
+    "fixed-interval": "vlmopt.passes.denoise.fixed_interval:FixedInterval",
+    "taylorseer": "vlmopt.passes.denoise.taylorseer:TaylorSeer",
+    "first-block-cache": "vlmopt.passes.denoise.first_block_cache:FirstBlockCache",
     "fold-constants": "vlmopt.passes.cleanup.fold_constants:FoldConstants",
 }
 """Name of each pass -> ``module:Class``; a module is imported when its pass is first used."""

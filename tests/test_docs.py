@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,33 @@ def test_the_pass_of_the_guide_works(tmp_path: Path) -> None:
     hidden = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
     assert scope["NormDrop"].score(hidden).tolist() == [[5.0, 1.0]]
     assert [cut.visual for cut in scope["program"]["language_model"].cuts] == [((16, 8),)]
+
+
+def test_the_program_of_the_guide_to_denoising_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two blocks of the bundled model, and without a compiler."""
+    pytest.importorskip("diffusers")
+    from vlmopt import digit_diffusion
+
+    load = digit_diffusion.load_model
+
+    def load_some() -> Any:
+        model: Any = load()
+        model.transformer_blocks = model.transformer_blocks[:2]
+        return model
+
+    monkeypatch.setattr(digit_diffusion, "load_model", load_some)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "guide.py"
+    script.write_text("\n".join(_python_blocks(ROOT / "docs" / "denoising.md")))
+    scope = runpy.run_path(str(script))
+    full, fast, again = (scope[name] for name in ("full", "fast", "again"))
+    assert 0 < (fast - full).abs().mean() < 0.2
+    torch.testing.assert_close(again, fast, rtol=0, atol=1e-4)
+    assert scope["plan"].anchors[0] == 0 and len(scope["plan"].anchors) == 6
+    assert scope["video"].shape == (1, 3, 2, 4, 4)
 
 
 def _python_blocks(page: Path) -> list[str]:

@@ -20,9 +20,11 @@ from tests.toys import Block, Decoder, decoder
 from vlmopt import errors
 from vlmopt.graph.verify import verify_program
 from vlmopt.lowering.onnx import export_program
+from vlmopt.passes.denoise.tables import require_conditions
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.passes import Pass, PassContext, PassResult, Phase, Semantics
 from vlmopt.program import Program, Role
+from vlmopt.runtime.stream_memory import Room, StreamMemory
 
 SHOWN: dict[type[errors.VlmoptError], str] = {}
 """Every error that a test below caused."""
@@ -229,6 +231,29 @@ block 0 of layers has no attention operator (scaled_dot_product_attention)
   at:  %x
   try: capture the model with attn_implementation='sdpa'
   in:  pass 1 of 1, stc-cacher""",
+    )
+
+
+def test_stream_full() -> None:
+    room = Room(2, 4, 1, (), (), positions=None, rotation=None, evict="oldest")
+    memory = StreamMemory(decoder()["model"], room)
+    assert_expected_inline(
+        message(errors.StreamFullError, lambda: memory.make_room_for_text(5)),
+        """\
+5 tokens of text do not fit: 4 may be remembered, and 0 are
+  try: a larger text, or shorter questions""",
+    )
+
+
+def test_plan_mismatch() -> None:
+    made, now = {"steps": 20, "guidance": 4.0}, {"steps": 50, "guidance": None}
+    assert_expected_inline(
+        message(
+            errors.PlanMismatchError, lambda: require_conditions("soda.safetensors", made, now)
+        ),
+        """\
+soda.safetensors was made for steps 20, and the loop has 50
+  try: use the loop that it was made for, or calibrate with this one""",
     )
 
 

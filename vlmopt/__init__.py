@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmopt.annotation import annotate
+    from vlmopt.denoising.session import DenoiseSession
     from vlmopt.exporting import export
     from vlmopt.pipeline.manager import run_pipeline
     from vlmopt.program import Program, Role
     from vlmopt.runtime.model import optimize
+    from vlmopt.runtime.stream import StreamingModel, StreamSession
     from vlmopt.storage import load
     from vlmopt.tracing import capture
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "DenoiseSession": "vlmopt.denoising.session",
     "Program": "vlmopt.program",
     "Role": "vlmopt.program",
+    "StreamSession": "vlmopt.runtime.stream",
+    "StreamingModel": "vlmopt.runtime.stream",
     "annotate": "vlmopt.annotation",
     "capture": "vlmopt.tracing",
     "export": "vlmopt.exporting",
@@ -27,7 +32,19 @@ _WHERE = {
     "run_pipeline": "vlmopt.pipeline.manager",
 }
 
-__all__ = ["Program", "Role", "annotate", "capture", "export", "load", "optimize", "run_pipeline"]
+__all__ = [
+    "DenoiseSession",
+    "Program",
+    "Role",
+    "StreamSession",
+    "StreamingModel",
+    "annotate",
+    "capture",
+    "export",
+    "load",
+    "optimize",
+    "run_pipeline",
+]
 
 
 def __getattr__(name: str) -> Any:

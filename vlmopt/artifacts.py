@@ -107,18 +107,21 @@ def _content(path: Path) -> str:
         return (file.metadata() or {}).get(_HEADER, "{}")
 
 
-def read(path: str | Path, name: str, program: Program | None = None) -> dict[str, Any]:
+def read(
+    path: str | Path, name: str, program: Program | None = None, *, again: str = ""
+) -> dict[str, Any]:
     """The values of an artifact for the pass ``name``.
 
     Args:
         program: the program it is to be used on. Where there is none, or one that Dynamo has
             captured, no fingerprint is checked.
+        again: how to make one, where that is not by calibration.
 
     Raises:
         ArtifactError: no such file, not an artifact, or one for another pass, version or model.
     """
     path = Path(path)
-    again = f"make one: vlmopt calibrate MODEL -p {name} --data ... -o {path}"
+    again = again or f"make one: vlmopt calibrate MODEL -p {name} --data ... -o {path}"
     try:
         content = json.loads(_content(path))
     except OSError as error:

@@ -74,7 +74,15 @@ class ExpertMismatchError(PreconditionError):
 
 
 class BlockMismatchError(PreconditionError):
-    """The blocks of a vision encoder are built in a way that no pass can rewrite."""
+    """The blocks of an encoder or a denoiser are built in a way that no pass can rewrite."""
+
+
+class PlanMismatchError(PreconditionError):
+    """A denoising loop runs otherwise than the plan says that it follows."""
+
+
+class StreamFullError(VlmoptError):
+    """A stream cannot remember more, and nothing may be forgotten."""
 
 
 class NoMatchError(VlmoptError):

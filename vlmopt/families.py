@@ -64,3 +64,12 @@ def visual_token_ids(config: object) -> tuple[int, ...]:
     """Token ids that stand for vision in a prompt, from a Hugging Face config (may be empty)."""
     values = (getattr(config, name, None) for name in VISUAL_TOKEN_ATTRIBUTES)
     return tuple(sorted({value for value in values if isinstance(value, int) and value >= 0}))
+
+
+def attention_kinds(config: object) -> tuple[str, ...]:
+    """How layers attend that do not attend to all tokens before, from a text model's config."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        return ("sliding_attention",) if window is not None else ()
+    return tuple(dict.fromkeys(kind for kind in kinds if kind != "full_attention"))

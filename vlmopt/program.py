@@ -56,6 +56,32 @@ class Role(StrEnum):
     """Likewise: what the feed-forward network adds to the residual stream."""
     FRAME_SIMILARITY = "frame_similarity"
     """float32 ``[frames]``: how much a frame resembles the reference frame."""
+    STREAM_MEMORY = "stream_memory"
+    """What a pass remembers of a stream from prompt to prompt: an input, and an output of the same
+    name; all zeros before the first."""
+    SLOTS = "slots"
+    """int64 ``[tokens]``: rows of the buffers of keys and values that a stage writes."""
+    FILLED = "filled"
+    """bool ``[rows]``: rows of those buffers that hold tokens seen before."""
+    TREE_MASK = "tree_mask"
+    """bool ``[tokens, tokens]``, queries first: what the tokens of a block may attend to of one
+    another, in place of all before."""
+    TIMESTEP = "timestep"
+    """Noise level of a denoising step; an input of a stage called ``denoiser``."""
+    BRANCH = "branch"
+    """``[batch, tokens, width]``: what a module of block ``Port.layer`` of a denoiser added to a
+    residual stream at an earlier step, before its gate."""
+    BRANCH_KEY = "branch_key"
+    """``[batch, tokens, width]``: keys of that module's attention, as their projection gives
+    them."""
+    BRANCH_VALUE = "branch_value"
+    """Likewise: values."""
+    BRANCH_DIFFERENCE = "branch_difference"
+    """Likewise: a difference, of some order, of what it added at the steps that computed it."""
+    BRANCH_DISTANCE = "branch_distance"
+    """float32 ``[branches, order]``: for each branch of a denoiser, steps since it was computed
+    last. Where a step computes it, by the order of the differences that are made of both results;
+    infinite, where earlier steps have not left as many."""
     HIDDEN_STATES = "hidden_states"
     LOGITS = "logits"
     COUNTS = "counts"
@@ -167,6 +193,11 @@ class Stage:
                 return node
         raise KeyError(f"stage {self.name} has no input {name}")
 
+    def zeros(self, port: Port | str) -> torch.Tensor:
+        """Zeros of the shape, type and device of an input."""
+        val = self.placeholder(port).meta["val"]
+        return torch.zeros(val.shape, dtype=val.dtype, device=val.device)
+
     def output_node(self, port: Port | str) -> fx.Node:
         """The node whose value leaves the stage through an output port."""
         name = port if isinstance(port, str) else port.name
@@ -182,7 +213,7 @@ class Stage:
         with self.graph.inserting_after(known[-1]):
             node = self.graph.placeholder(port.name)
         with self.fake_mode():
-            node.meta["val"] = torch.empty(*shape, dtype=dtype, device=known[0].meta["val"].device)
+            node.meta["val"] = torch.empty(shape, dtype=dtype, device=known[0].meta["val"].device)
         self.inputs = (*self.inputs, replace(port, name=node.name))
         return node
 
@@ -228,7 +259,8 @@ class Program:
 
     Attributes:
         stages: by name, in execution order; ``vision_encoder``, ``language_model`` (prefill),
-            ``lm_head``, ``decode`` for a vision-language model, ``model`` for a plain module.
+            ``lm_head``, ``decode`` for a vision-language model, ``denoiser`` for one step of
+            diffusion, ``model`` for any other plain module.
         model_type: Hugging Face ``config.model_type``, or the class name of a plain module.
         passes: texts of the passes applied so far.
     """

@@ -8,17 +8,18 @@ Token Compression", arXiv 2512.00891; the rule for scene cuts is not in it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vlmopt.errors import ArtifactError, OptionError, PreconditionError
-from vlmopt.program import Program, Role
+from vlmopt.errors import ArtifactError, PreconditionError
+from vlmopt.program import Port, Program, Role
 from vlmopt.rewrite.reuse import CHANGED, REUSE, STATE
 from vlmopt.runtime.encoder import inputs_of
-from vlmopt.runtime.model import BACKENDS, compile_stage
+from vlmopt.runtime.model import compile_stage, require_backend
 
 
 @dataclass(frozen=True)
@@ -44,35 +45,19 @@ class EncodedFrames:
         return self.changed is not None and int(self.changed.max()) > rows
 
 
-class FrameEncoder:
-    """The two stages of an encoder, compiled; see :meth:`session`.
+class FrameStages(ABC):
+    """The two stages of an encoder, whatever runs them; see :meth:`session`.
 
-    Args:
-        program: on which a pass has run that reuses frames.
-        backend: see :func:`vlmopt.optimize`.
-
-    Raises:
-        OptionError: unknown backend.
-        PreconditionError: no pass has made an encoder for streams.
+    Attributes:
+        interval: chunks from one computed in full to the next.
+        rows: of a frame, computed in the others.
+        state: what a stream remembers, outputs of the first stage and inputs of the second.
     """
 
-    def __init__(self, program: Program, *, backend: str = "inductor") -> None:
-        if backend not in BACKENDS:
-            raise OptionError(
-                f"there is no backend {backend!r}", hint=f"choose one of {', '.join(BACKENDS)}"
-            )
-        facts = next((stage.facts[REUSE] for stage in program if REUSE in stage.facts), None)
-        if facts is None:
-            raise PreconditionError(
-                f"this {program.model_type} program has no encoder that reuses frames",
-                hint="run a pass first: vlmopt.run_pipeline(program, 'stc-cacher')",
-            )
-        self.interval: int = facts["interval"]
-        self.rows: int = facts["rows"]
-        self.stage, self.selective = (program[name] for name in facts["stages"])
-        self._run = compile_stage(self.stage, backend)
-        self._run_selective = compile_stage(self.selective, backend)
-        self.state = tuple(port for port in self.selective.inputs if port.role in STATE)
+    def __init__(self, interval: int, rows: int, state: tuple[Port, ...]) -> None:
+        self.interval = interval
+        self.rows = rows
+        self.state = state
 
     def session(self, *, cut: float | None = None) -> FrameSession:
         """A new stream, which shares nothing with others but the weights.
@@ -86,28 +71,76 @@ class FrameEncoder:
         self, values: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Outputs of the encoder by name, and its state in the order of :attr:`state`."""
-        given = self._given(values)
-        with torch.no_grad():
-            results = self._run(*given)
-        named = {p.name: r for p, r in zip(self.stage.outputs, results, strict=True)}
+        named = self._encode_in_full(values)
         return named, [named.pop(port.name) for port in self.state]
 
     def encode_changes(self, values: Mapping[str, Tensor], state: list[Tensor]) -> EncodedFrames:
         """A chunk of which some rows are taken from the state."""
-        given = self._given(values)
-        with torch.no_grad():
-            results = self._run_selective(*given, *state)
-        named = {p.name: r for p, r in zip(self.selective.outputs, results, strict=True)}
+        named = self._encode_changes(values, state)
         similarity = named.pop(Role.FRAME_SIMILARITY.value)
         return EncodedFrames(named, False, similarity, named.pop(CHANGED, None))
 
-    def _given(self, values: Mapping[str, Tensor]) -> list[Tensor]:
-        return inputs_of(
-            self.stage,
-            values,
-            "encoder",
-            hint="give as many frames at once as the program was captured with, of the same size",
-        )
+    @abstractmethod
+    def empty_state(self) -> list[Tensor]:
+        """Zeros in the place of :attr:`state`, of its shapes and types."""
+
+    @abstractmethod
+    def _encode_in_full(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of the first stage by name, from its inputs by name."""
+
+    @abstractmethod
+    def _encode_changes(
+        self, values: Mapping[str, Tensor], state: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Likewise of the second."""
+
+
+OTHER_FRAMES = "give as many frames at once as the program was captured with, of the same size"
+"""What to try where inputs have other shapes."""
+
+
+class FrameEncoder(FrameStages):
+    """The two stages of an encoder, compiled; see :meth:`session`.
+
+    Args:
+        program: on which a pass has run that reuses frames.
+        backend: see :func:`vlmopt.optimize`.
+
+    Raises:
+        OptionError: unknown backend.
+        PreconditionError: no pass has made an encoder for streams.
+    """
+
+    def __init__(self, program: Program, *, backend: str = "inductor") -> None:
+        require_backend(backend)
+        facts = next((stage.facts[REUSE] for stage in program if REUSE in stage.facts), None)
+        if facts is None:
+            raise PreconditionError(
+                f"this {program.model_type} program has no encoder that reuses frames",
+                hint="run a pass first: vlmopt.run_pipeline(program, 'stc-cacher')",
+            )
+        self.stage, self.selective = (program[name] for name in facts["stages"])
+        state = tuple(port for port in self.selective.inputs if port.role in STATE)
+        super().__init__(facts["interval"], facts["rows"], state)
+        self._run = compile_stage(self.stage, backend)
+        self._run_selective = compile_stage(self.selective, backend)
+
+    def empty_state(self) -> list[Tensor]:
+        return [self.selective.zeros(port) for port in self.state]
+
+    def _encode_in_full(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = inputs_of(self.stage, values, "encoder", hint=OTHER_FRAMES)
+        with torch.no_grad():
+            results = self._run(*given)
+        return {p.name: r for p, r in zip(self.stage.outputs, results, strict=True)}
+
+    def _encode_changes(
+        self, values: Mapping[str, Tensor], state: list[Tensor]
+    ) -> dict[str, Tensor]:
+        given = inputs_of(self.stage, values, "encoder", hint=OTHER_FRAMES)
+        with torch.no_grad():
+            results = self._run_selective(*given, *state)
+        return {p.name: r for p, r in zip(self.selective.outputs, results, strict=True)}
 
 
 class FrameSession:
@@ -117,14 +150,11 @@ class FrameSession:
         since: chunks since the reference frame, ``None`` before the first.
     """
 
-    def __init__(self, encoder: FrameEncoder, cut: float | None) -> None:
+    def __init__(self, encoder: FrameStages, cut: float | None) -> None:
         self.encoder = encoder
         self.cut = cut
         self.since: int | None = None
-        self._state: list[Tensor] = []
-        for port in encoder.state:
-            val = encoder.selective.placeholder(port).meta["val"]
-            self._state.append(torch.zeros(val.shape, dtype=val.dtype, device=val.device))
+        self._state = encoder.empty_state()
 
     @property
     def nbytes(self) -> int:

@@ -38,6 +38,12 @@ from vlmopt.rewrite.emit import propagate
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 
+_KNOWN_INPUTS = {
+    "timestep": Role.TIMESTEP,
+    "encoder_attention_mask": Role.ATTENTION_MASK,
+}
+"""Roles of inputs of plain modules that are called so."""
+
 
 def capture(
     model: nn.Module, inputs: Inputs, *, roles: Mapping[str, Role] | None = None
@@ -54,7 +60,8 @@ def capture(
 
     Returns:
         Stages ``vision_encoder``, ``projector``, ``language_model`` (prefill), ``lm_head`` and
-        ``decode`` for a vision-language model (those that the model has), else ``model``.
+        ``decode`` for a vision-language model (those that the model has); ``denoiser`` for a plain
+        module with an input called ``timestep``, else ``model``.
 
     Raises:
         CaptureError: the model cannot be traced; the message holds the stage and the cause.
@@ -586,16 +593,19 @@ def _capture_plain(model: nn.Module, inputs: Inputs, roles: Mapping[str, Role]) 
             f"no input is called {', '.join(sorted(unknown))}",
             hint=f"the inputs are {', '.join(port.name for port in stage.inputs)}",
         )
+    known = _KNOWN_INPUTS | dict(roles)
     stage.inputs = tuple(
-        Port(port.name, roles.get(port.name, port.role), port.layer) for port in stage.inputs
+        Port(port.name, known.get(port.name, port.role), port.layer) for port in stage.inputs
     )
+    if stage.find_inputs(Role.TIMESTEP):
+        stage.name = "denoiser"
     names = [port.name for port in stage.inputs]
     for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
         if roles.get(name) is Role.MODALITY:
             stage.facts.update(_modality_facts(value))
     dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), "float32")
     return Program(
-        {"model": stage},
+        {stage.name: stage},
         model_type=type(model).__name__,
         metadata={"class": type(model).__name__, "dtype": dtype},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class FrameDrop(TokenDrop):
     """
 
     family = "frames"
-    reads = ("hidden", "valid")
+    reads: ClassVar[tuple[str, ...]] = ("hidden", "valid")
     compact = True
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,49 +40,58 @@ class Memory:
     recent: Tensor
     frames: Tensor
 
+    @classmethod
+    def empty(
+        cls, width: int, *, ratio: float = 0.5, window: int = 8, device: Any = None
+    ) -> Memory:
+        """What a stream remembers before its first chunk.
 
-def steady_channels(features: Tensor, ratio: float) -> Tensor:
+        Args:
+            width: channels of a token.
+            ratio: share of them that is compared.
+            window: frames whose means ``recent`` holds.
+        """
+        kept = max(1, math.floor(width * Fraction(str(ratio))))
+        zeros = torch.zeros(kept, device=device)
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(zeros.long(), zeros, none, zeros.expand(window, kept), none)
+
+
+def steady_channels(features: Tensor, count: int) -> Tensor:
     """The channels of lowest variance (population) over all tokens of a chunk, lowest first.
 
     Args:
         features: ``[frames, tokens, width]``.
-        ratio: share of the channels, rounded down, at least one.
 
     Returns:
-        int64 ``[kept]``; of equal ones, those in front.
+        int64 ``[count]``; of equal ones, those in front.
     """
-    width = features.shape[-1]
-    count = max(1, math.floor(width * Fraction(str(ratio))))
     variance = features.float().flatten(0, -2).var(0, correction=0)
     return variance.sort(stable=True).indices[:count]
 
 
-def remember(
-    memory: Memory | None,
-    features: Tensor,
-    *,
-    ratio: float = 0.5,
-    window: int = 8,
-    strict_original: bool = False,
-) -> Memory:
+def started(memory: Memory, features: Tensor) -> Memory:
+    """The memory, with channels chosen by the first chunk of a stream, if this is it.
+
+    Args:
+        features: ``[frames, tokens, width]``, the next chunk.
+    """
+    steady = steady_channels(features, len(memory.channels))
+    return replace(memory, channels=torch.where(memory.chunks == 0, steady, memory.channels))
+
+
+def remember(memory: Memory, features: Tensor, *, strict_original: bool = False) -> Memory:
     """The memory with one more chunk.
 
     Args:
-        memory: ``None`` before the first chunk.
+        memory: :func:`started`.
         features: ``[frames, tokens, width]``.
-        ratio: share of the channels that are compared.
-        window: frames whose means ``recent`` holds.
         strict_original: choose channels anew for each chunk, as the official code does: means of
-            different channels are then added up. Otherwise those of the first chunk stay.
+            different channels are then added up.
     """
-    if memory is None or strict_original:
-        channels = steady_channels(features, ratio)
-    else:
-        channels = memory.channels
-    if memory is None:
-        zero = torch.zeros((), dtype=torch.int64, device=features.device)
-        empty = features.new_zeros(window, len(channels), dtype=torch.float32)
-        memory = Memory(channels, empty[0], zero, empty, zero)
+    channels = memory.channels
+    if strict_original:
+        channels = steady_channels(features, len(channels))
     means = features[..., channels].float().mean(1)
     recent = torch.cat([memory.recent, means])[-len(memory.recent) :]
     return replace(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmopt.errors import OptionError
+from vlmopt import artifacts
+from vlmopt.analysis.modality import modality_of_tokens, token_stage
+from vlmopt.calibration import Learning, Sample
+from vlmopt.errors import ArtifactError, OptionError
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.copies import TokenCopies
 from vlmopt.passes.tokens.grids import bilinear, parents, patches, rows_and_columns
+from vlmopt.passes.tokens.token_sr import NAMES, TokenSRLearner, super_resolved
 from vlmopt.pipeline.options import option
 from vlmopt.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blink(TokenCopies):
+class Blink(TokenCopies, Learning):
     """Add finer copies of the region that the last token looks at, while it looks there.
 
     Before each of some layers the attention of the prompt's last token is summed over the patches
@@ -26,8 +31,9 @@ class Blink(TokenCopies):
     copies go; between the two all stays as it is. The copies are gone behind the last of these
     layers. They cost time, for quality: drop tokens behind them to pay for it.
 
-    Nothing here is trained: the paper's learned modules for the copies, which it calls TokenSR,
-    are left out. Thresholds, patch and factor are not public; these are our own.
+    With ``mode=tokensr`` a module of three convolutions, one for each layer, adds to the copies
+    what interpolation cannot tell; ``vlmopt calibrate`` learns it. Thresholds, patch and factor are
+    not public, nor what these modules look like exactly; these are our own.
 
     Reference: "Blink: Dynamic Visual Token Resolution for Enhanced Multimodal Understanding",
     arXiv 2512.10548.
@@ -44,6 +50,12 @@ class Blink(TokenCopies):
     grid: tuple[int, ...] = option((), "rows and columns of an image's tokens; empty: a square")
     swap: bool = option(False, "copy another patch as soon as attention moves there")
 
+    mode: str = option(
+        "interp", "copies by interpolation, or by learned modules", choices=("interp", "tokensr")
+    )
+    artifact: str = option("", "safetensors file of a calibration, which mode=tokensr needs")
+    rate: float = option(1e-3, "learning rate of the calibration", gt=0)
+
     def requires(self, program: Program) -> None:
         super().requires(program)
         if self.drop > self.expand:
@@ -51,6 +63,48 @@ class Blink(TokenCopies):
                 f"{self.name}: drop={self.drop} is above expand={self.expand}",
                 hint="copies would come and go at once",
             )
+        if bool(self.artifact) != (self.mode == "tokensr"):
+            raise OptionError(
+                f"{self.name}: mode={self.mode} {'takes no' if self.artifact else 'needs an'} "
+                "artifact",
+                hint=f'vlmopt calibrate MODEL -p "{self.name}{{...}}" makes one for mode=tokensr',
+            )
+        if self.artifact:
+            found = artifacts.read(self.artifact, self.name, program)
+            side = self._side(modality_of_tokens(token_stage(program)).visual[0])
+            if (found["side"], found["up"]) != (side, self.up):
+                raise ArtifactError(
+                    f"{self.artifact} learnt patches of {found['side']} by {found['side']} tokens "
+                    f"at up={found['up']}, and these are {side} by {side} at up={self.up}",
+                    hint="calibrate with the options that the pass has now",
+                )
+
+    def measure(self, model: Any, program: Program, sample: Sample) -> TokenSRLearner:
+        super().requires(program)
+        given = (self.layers, self._grid, self.places, self.up, self.rate)
+        return TokenSRLearner(model, program, sample, *given)
+
+    def summarise(self, program: Program, rows: list[Any]) -> dict[str, Any]:
+        """Mean divergence of the copies from what they should be, in nats, as learnt and before.
+
+        Args:
+            rows: of each sample, the loss of each layer, then that of interpolation.
+        """
+        losses = torch.tensor(rows, dtype=torch.float64).mean(0).unflatten(0, (2, -1)).tolist()
+        side = self._side(modality_of_tokens(token_stage(program)).visual[0])
+        values = {"layers": list(self.layers), "side": side, "up": self.up}
+        return {**values, "losses": losses[0], "interpolation": losses[1]}
+
+    def learnt(self, layer: int) -> tuple[Tensor, ...]:
+        if not self.artifact:
+            return ()
+        return tuple(artifacts.tensor(self.artifact, f"{layer}.{name}") for name in NAMES)
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        return rows_and_columns(self.name, self.grid, tokens, images=True)
+
+    def _side(self, tokens: int) -> int:
+        return math.isqrt(self.places(tokens).shape[1])
 
     def places(self, tokens: int) -> Tensor:
         """Numbers of the visual tokens in each patch, int64 ``[patches, patch * patch]``.
@@ -60,7 +114,7 @@ class Blink(TokenCopies):
         Raises:
             OptionError: the tokens are no grids, or the patches do not tile one.
         """
-        rows, columns = rows_and_columns(self.name, self.grid, tokens, images=True)
+        rows, columns = self._grid(tokens)
         side = self.patch or max(1, rows // 2)
         if rows % side or columns % side:
             raise OptionError(
@@ -102,9 +156,8 @@ class Blink(TokenCopies):
         return self.places(tokens).shape[1] * self.up**2
 
     def known(self, tokens: int) -> tuple[Tensor, ...]:
-        places = self.places(tokens)
-        side = math.isqrt(places.shape[1])
-        return places, self.weights(side), self.parents(side)
+        side = self._side(tokens)
+        return self.places(tokens), self.weights(side), self.parents(side)
 
     def update(  # type: ignore[override]
         self,
@@ -117,9 +170,12 @@ class Blink(TokenCopies):
         places: Tensor,
         weights: Tensor,
         parents: Tensor,
+        *module: Tensor,
     ) -> tuple[Tensor, ...]:
         live, region, now = self.decide(attention, live, region, places)
         inside = slots.gather(1, places[region[:, 0]])
         finer = weights @ select.take(hidden, inside).float()
+        if module:
+            finer = super_resolved(finer, *module)
         rows = torch.where(now[..., None], finer.to(hidden.dtype), rows)
         return rows, inside.gather(1, parents.expand(len(inside), -1)), live, region

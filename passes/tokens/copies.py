@@ -54,6 +54,10 @@ class TokenCopies(Pass):
             OptionError: the method cannot do with this number.
         """
 
+    def learnt(self, layer: int) -> tuple[Tensor, ...]:
+        """What :meth:`update` takes behind that, before ``layer``; it gets the model's type."""
+        return ()
+
     @abstractmethod
     def copies(self, tokens: int) -> int:
         """Copies of a sample of so many visual tokens, while there are any."""
@@ -147,11 +151,13 @@ class TokenCopies(Pass):
                 rows, parents, live, region = before
                 values = CutValues(stage, layers, site.layer, kinds, visual, emit)
                 attention = attention_of_last(values, Copies(rows, parents, live))
-                device = site.hidden.meta["val"].device
+                like = site.hidden.meta["val"]
+                given = [value.to(like.device) for value in known]
+                given += [value.to(like.device, like.dtype) for value in self.learnt(site.layer)]
                 rows, parents, live, region = emit.trace(
                     self._step,
                     *(site.hidden, kinds, attention, rows, live, region, visual[0]),
-                    *(emit.constant(value.to(device)) for value in known),
+                    *map(emit.constant, given),
                     names=("rows", "parents", "live", "region"),
                 )
                 return Copies(rows, parents, live), (region,)

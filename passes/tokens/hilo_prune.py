@@ -67,8 +67,8 @@ class HiLoPrune(TokenDrop):
         stage = token_stage(program)
         with self.at_entry(program, ctx) as values:
             sizes = [self._sizes(count) for count in values.visual]
-            most = max(coarse for _, coarse in sizes)
-            given = (values.modality, values["encoded_pixels"], values.hidden, most)
+            most = [max(counts) for counts in zip(*sizes, strict=True)]
+            given = (values.modality, values["encoded_pixels"], values.hidden, *most)
             selection = values.emit.trace(self.select, *given, names=("selection",))
             leaving = values.emit.call(torch.ops.aten.lt.Scalar, selection, 0, name="leaving")
             room = max(coarse - quota for quota, coarse in sizes)
@@ -90,13 +90,16 @@ class HiLoPrune(TokenDrop):
         """Size of the coarse set before rounding, of numbers or tensors."""
         return self.alpha * quota if self.alpha else quota + 0.3 * present
 
-    def select(self, modality: Tensor, pixels: Tensor, hidden: Tensor, most: int) -> Tensor:
+    def select(
+        self, modality: Tensor, pixels: Tensor, hidden: Tensor, most: int, widest: int
+    ) -> Tensor:
         """Above 0 for what stays, earlier picks first; below 0 for runners-up; else 0.
 
         Args:
             modality: int64 ``[batch, tokens]``.
             pixels, hidden: ``[batch, tokens, ...]``.
-            most: size of the largest coarse set.
+            most: how many stay of the sample that keeps most; ``widest``: size of the largest
+                coarse set.
 
         Returns:
             float32 ``[batch, tokens]``.
@@ -107,8 +110,11 @@ class HiLoPrune(TokenDrop):
         quota = self._quotas(present, self.keep[0])
         wide = torch.ceil(self._wide(quota, present) - 1e-6).long()
         coarse_size = torch.minimum(wide, present)
-        coarse = self.first(select.take(pixels, slots), valid, coarse_size, most)
-        fine = self.first(select.take(hidden, slots), coarse > 0, quota, most)
+        coarse = self.first(select.take(pixels, slots), valid, coarse_size, widest)
+        inside, there = select.visual_slots(coarse > 0, widest)
+        rows = select.take(select.take(hidden, slots), inside)
+        fine = self.first(rows, there, quota, most)
+        fine = torch.zeros_like(coarse).scatter(1, inside, fine)
         found = torch.where(fine > 0, fine, torch.where(coarse > 0, -1.0, 0.0))
         return torch.zeros_like(found).scatter(1, slots, torch.where(valid, found, 0.0))
 
@@ -124,7 +130,7 @@ class HiLoPrune(TokenDrop):
         """What is added to logits towards runners-up; see :data:`vlmopt.rewrite.fusion.Raise`."""
         limit = self.threshold or 1 / seen.clamp(min=1)
         ranked = torch.where(among, chance, -1.0)
-        least = ranked.topk(min(self.top, ranked.shape[-1]), dim=-1).values[..., -1:]
+        least = torch.ops.vlmopt.kth_largest(ranked, min(self.top, ranked.shape[-1]))
         raised = among & (chance > limit) & (chance >= least)
         size = logits.abs() if self.positive else logits
         return torch.where(raised, self.gain * size, 0.0)

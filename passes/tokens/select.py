@@ -90,7 +90,9 @@ def visual_slots(visual: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     order = torch.sort(visual.long(), dim=-1, descending=True, stable=True).indices
     slots = order[:, :count]
-    return slots, visual.gather(1, slots)
+    # not gathered: compilers would gather again wherever it is used
+    number = visual.sum(-1, keepdim=True)
+    return slots, torch.arange(slots.shape[1], device=slots.device) < number
 
 
 def take(values: Tensor, slots: Tensor) -> Tensor:

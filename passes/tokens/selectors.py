@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from vlmopt.analysis.layers import find_layers, layer_of
 from vlmopt.analysis.modality import modality_of_tokens, token_stage
 from vlmopt.analysis.sublayers import attention_of, projection_of
-from vlmopt.calibration import Learner, Sample, observing, without_labels
+from vlmopt.calibration import Sample, observing, without_labels
 from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import attention_arguments, attention_mask, is_causal
+from vlmopt.learning import LayerLearner
 from vlmopt.program import Modality, Program, Stage, fetch_attr
 
 
@@ -154,7 +155,7 @@ def selector_mass(
     return mass.mean(1).transpose(1, 2)
 
 
-class SelectorLearner(Learner):
+class SelectorLearner(LayerLearner):
     """Makes the scores of selectors those of the model's own attention, each layer by itself.
 
     The model runs as it is; each layer's step is taken as the run comes by.
@@ -181,13 +182,13 @@ class SelectorLearner(Learner):
         self.selectors: dict[int, Selector] = {}
         stage = token_stage(program)
         for layer, found in self._projections(stage):
-            start = Selector.of(found.query, found.key, found.heads, rank)
             self._maps[layer] = found.maps(per_head)
-            self.selectors[layer] = Selector(*(t.requires_grad_() for t in start.tensors()))
-        self._optimizers = {
-            layer: torch.optim.AdamW(selector.tensors(), lr=rate)
+            self.selectors[layer] = Selector.of(found.query, found.key, found.heads, rank)
+        named = {
+            layer: dict(zip(_NAMES, selector.tensors(), strict=True))
             for layer, selector in self.selectors.items()
         }
+        super().__init__(named, rate)
         self._losses: dict[int, float] = {}
         self._engine = observing(model, self._watch, program, sample)
 
@@ -196,31 +197,6 @@ class SelectorLearner(Learner):
         with torch.no_grad():
             self._engine.twin(**without_labels(sample))
         return [self._losses[layer] for layer in self.layers]
-
-    def state(self) -> dict[str, Tensor]:
-        state = {}
-        for layer, optimizer in self._optimizers.items():
-            saved = optimizer.state_dict()["state"]
-            for name, tensor in zip(_NAMES, self.selectors[layer].tensors(), strict=True):
-                state[f"{layer}.{name}"] = tensor.detach()
-            for at, moments in saved.items():
-                for name, value in moments.items():
-                    state[f"{layer}.{_NAMES[at]}.{name}"] = value
-        return state
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        for layer, optimizer in self._optimizers.items():
-            known = optimizer.state_dict()
-            for at, name in enumerate(_NAMES):
-                with torch.no_grad():
-                    self.selectors[layer].tensors()[at].copy_(state[f"{layer}.{name}"])
-                start = f"{layer}.{name}."
-                known["state"][at] = {
-                    key.removeprefix(start): value
-                    for key, value in state.items()
-                    if key.startswith(start)
-                }
-            optimizer.load_state_dict(known)
 
     def result(self) -> dict[str, Tensor]:
         """``LAYER.left`` and ``LAYER.right`` of each, see :meth:`Selector.sides`."""
@@ -274,10 +250,7 @@ class SelectorLearner(Learner):
             # scores go as the inverse square of the tokens: AdamW would see nothing of their errors
             difference = (found - wanted)[visual] * modality.shape[1] ** 2
             loss = difference.square().mean()
-            self._optimizers[layer].zero_grad()
-            loss.backward()
-        self._optimizers[layer].step()
-        self._losses[layer] = float(loss.detach())
+            self._losses[layer] = self.step(layer, loss)
 
 
 _NAMES = ("query_up", "query_down", "key_up", "key_down")

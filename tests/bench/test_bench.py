@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmopt.bench import operators, prefill, rewriting, vision
+from vlmopt.bench import loops, mixture, operators, prefill, rewriting, vision
 from vlmopt.bench.environment import Environment
 from vlmopt.bench.models import Shape, build_llava, llava_7b, parse_shape, prompt
 from vlmopt.bench.steps import Steps
@@ -243,6 +243,47 @@ def test_rewriting_is_measured_without_weights() -> None:
     assert line.startswith(f"| 4      | {found.nodes[0]} -> {found.nodes[1]} |")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtures_are_measured_and_told(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    size = mixture.parse_size("2x64", experts=4, k=2, tokens=48)
+    told: list[str] = []
+    found = mixture.measure(size, (0.0, 0.5), dtype=dtype, rounds=2, progress=told.append)
+    assert list(found.seconds) == [*mixture.BASELINES, *(cut.pipeline for cut in found.cuts)]
+    assert all(len(times) == 2 for times in found.seconds.values())
+    assert [cut.skipped for cut in found.cuts] == pytest.approx([0.0, 0.5], abs=0.02)
+    pairs = 2 * 48 * 2  # layers, tokens, experts of each; a router and three products of an expert
+    router, expert = 2 * 64 * 4, 2 * 3 * 64 * 32
+    for cut in found.cuts:
+        computed = round(pairs * (1 - cut.skipped))
+        whole, rest = (2 * 48 * router + count * expert for count in (pairs, computed))
+        assert cut.ideal == pytest.approx(whole / rest)
+        assert cut.error <= 1e-6  # the same graph
+    kind = str(dtype).removeprefix("torch.")
+    assert told[0] == f"2x64, 2 of 4 {kind} inductor: capturing"
+    assert told[-1].endswith("round 2 of 2")
+    (document,) = json.loads(json.dumps([found.to_json()]))
+    assert [cut["of_ideal"] > 0 for cut in document["cuts"]] == [True, True]
+    lines = mixture.table([found]).splitlines()
+    assert [line.split("|")[4].strip() for line in lines[2:]] == [
+        f"{cut.skipped:.1%}" for cut in found.cuts
+    ]
+
+
+def test_a_mixture_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(module: Any, **options: Any) -> Any:
+        if isinstance(module, mixture.Stack):
+            return module
+        return lambda *args: tuple(value * 1.01 for value in module(*args))
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    size = mixture.parse_size("1x64", experts=4, k=2, tokens=8)
+    with pytest.raises(VerifyError, match=r"^parity: captured: .* differ by .* more than"):
+        mixture.measure(size, (0.5,), rounds=1)
+
+
 def test_operators_are_measured_and_told() -> None:
     told: list[str] = []
     found = operators.measure(operators.Scores(40, 4, 2, 8), rounds=2, progress=told.append)
@@ -364,3 +405,57 @@ def test_the_tool_times_operators(tool: ModuleType, capsys: pytest.CaptureFixtur
     ]
     assert tool.main(["ops", *shape, "--key-heads", "3", "-q"]) == 1
     assert capsys.readouterr().err.startswith("error: 2 heads cannot share 3 key heads\n")
+
+
+def test_the_tool_times_mixtures(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    size = ["--size", "1x64", "--experts", "4", "--top", "2", "--tokens", "24"]
+    rest = ["--dtype", "float32", "--skip", "0.5", "--rounds", "1", "-q"]
+    assert tool.main(["moe", *size, *rest]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| 1x64, 2 of 4 | float32 | inductor | 50.0%")
+    assert tool.main(["moe", "--size", "wide", *rest]) == 1
+    assert capsys.readouterr().err.startswith("error: 'wide' is no size of a stack of mixtures")
+
+
+def test_the_tool_times_streams(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    size = ["--size", "1x64", "--tokens", "16", "--interval", "3", "--ratio", "0.5"]
+    assert tool.main(["stream", *size, "--dtype", "float32", "--rounds", "1", "-q"]) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    cells = [cell.strip() for cell in line.split("|")[1:6]]
+    assert cells == ["1x64", "16, 8 anew", "float32", "3", "inductor"]
+    assert tool.main(["stream", "--tokens", "17", "-q"]) == 1
+    assert capsys.readouterr().err.startswith("error: 17 patches are no square picture\n")
+
+
+def test_the_tool_times_denoising_loops(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = []
+
+    def measure(size: loops.Size, **options: Any) -> loops.Loop:
+        given.append((size, options["batch"], options["steps"], options["dtype"]))
+        times = {name: [2.0, 2.0] for name in loops.BASELINES}
+        ways = {"fixed-interval{interval=2}": loops.Way(0.5, 1.9)}
+        times |= {name: [1.0, 1.0] for name in ways}
+        return loops.Loop(size, "float32", options["batch"], 4, 0.1, ways, times, {}, {})
+
+    monkeypatch.setattr(loops, "measure", measure)
+    assert tool.main(["dit", "--size", "2x64", "--tokens", "16", "--steps", "4", "-q"]) == 0
+    size = loops.Size(2, 64, 16)
+    assert given == [(size, batch, 4, torch.float32) for batch in (1, 2)]
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].split("|")]
+    assert cells[4:9] == [
+        "fixed-interval{interval=2}",
+        "50 %",
+        "1000.0 ms",
+        "2.00 (2.00-2.00)",
+        "1.90",
+    ]
+    assert tool.main(["dit", "--tokens", "17", "-q"]) == 1
+    assert capsys.readouterr().err.startswith("error: 17 patches are no square picture\n")

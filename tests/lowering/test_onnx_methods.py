@@ -29,6 +29,7 @@ PIPELINES = (
     "blink{layers=1,2 expand=0.25 drop=0.2} | stride-drop{layers=3 keep=0.25}",
     "information-horizon{layers=1,3 keep=0.5,0 fixed}",
     "comprehension-prune{layers=1 keep=0.5 tau_att=1}",
+    "hilo-prune{layers=1 keep=0.25 top=2}",
 )
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from functools import partial
 
 import pytest
 import torch
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.exc import InvalidCxxCompiler
 
+from vlmopt.lowering.cpp import experts as cpu
+from vlmopt.lowering.cpp import load
 from vlmopt.ops.experts import (
     best_tile,
     computed_rows,
@@ -15,13 +20,11 @@ from vlmopt.ops.experts import (
     grouped_mm_reference,
     grouped_mm_tiles,
     only_computed_rows,
-    packed_grouped_mm,
     restored_rows,
     summed_rows,
     summed_rows_reference,
     tile_count,
 )
-from vlmopt.ops.packed import is_available
 
 ENDS = [[2, 5, 5, 7], [0, 0, 7, 7], [7, 7, 7, 7], [1, 2, 3, 5]]
 
@@ -89,22 +92,73 @@ def test_the_operator_is_sound_for_the_compiler(ends: list[int]) -> None:
     assert torch.autograd.gradcheck(lambda r, w: grouped_mm(r, w, arguments[2]), arguments[:2])
 
 
-@pytest.mark.skipif(not is_available(), reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("ends", ENDS)
-def test_packed_matrices(ends: list[int], transposed: bool, dtype: torch.dtype) -> None:
-    rows, weights = (value.to(dtype) for value in tensors())
-    kept = weights.transpose(1, 2).contiguous() if transposed else weights
-    groups = torch.tensor(ends, dtype=torch.int32)
-    found = packed_grouped_mm(rows, kept, transposed, groups)
-    exact = grouped_mm_reference(rows.double(), weights.double(), groups)
-    assert found.dtype == dtype
-    limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    assert (found - exact).abs().max() <= limit
-    kept.mul_(2)  # seen, though what was packed is kept
-    again = packed_grouped_mm(rows, kept, transposed, groups)
-    assert (again - 2 * exact).abs().max() <= 2 * limit
+KINDS = (torch.int32, torch.int64)
+
+
+def uneven(dtype: torch.dtype, width: int, columns: int) -> tuple[torch.Tensor, ...]:
+    """Rows, matrices that lie transposed, and ends; the last rows meet no group."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(33, width, generator=generator).to(dtype)
+    stacked = torch.randn(6, columns, width, generator=generator).to(dtype)
+    rows[30:] = float("nan")
+    stacked[1] = float("nan")  # of an empty group
+    return rows, stacked.transpose(1, 2), torch.tensor([1, 1, 3, 20, 30, 30])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(5, 3), (35, 67), (160, 64)])
+def test_the_kernel_of_the_cpu(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    rows, weights, ends = uneven(dtype, *size)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found += [cpu.grouped_mm(rows, weights, ends.to(kind)) for kind in KINDS]
+    finally:
+        torch.set_num_threads(threads)
+    first = found[0]
+    assert first is not None
+    assert all(other is not None and torch.equal(first, other) for other in found)
+    exact = grouped_mm_reference(rows.nan_to_num().double(), weights.double(), ends)
+    assert (first[30:] == 0).all()
+    limit = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    assert (first - exact).norm() <= limit * exact.norm()
+    # whatever rows are beside it, a row has the same result
+    alone = cpu.grouped_mm(rows[7:8], weights, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert alone is not None and torch.equal(alone, first[7:8])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_the_kernel_reads_no_rows_that_are_not_there() -> None:
+    rows, weights, _ = uneven(torch.float32, 5, 3)
+    for ends in ([1, 1, 3, 2, 5, 5], [1, 1, 3, 4, 5, 34], [-1, 1, 1, 1, 1, 1]):
+        with pytest.raises(RuntimeError, match="do not ascend from 0 to the number of rows"):
+            grouped_mm(rows, weights, torch.tensor(ends))
+    for one in (rows[:, 1:], rows.bfloat16()):
+        with pytest.raises(ValueError, match="do not fit"):
+            grouped_mm(one, weights, torch.tensor([1, 1, 3, 4, 5, 5]))
+
+
+def test_without_a_compiler_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object) -> None:
+        raise InvalidCxxCompiler
+
+    load.cache_clear()
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding", fails)
+    rows, weights, ends = uneven(torch.float32, 5, 3)
+    with caplog.at_level("WARNING", "vlmopt"):
+        found = [grouped_mm(rows, weights, ends) for _ in range(2)]
+    load.cache_clear()
+    exact = grouped_mm_reference(rows.nan_to_num().double(), weights.double(), ends)
+    for one in found:
+        assert (one - exact).abs().max() <= 1e-5
+    (record,) = caplog.records  # and says it once
+    assert "grouped_mm runs without its kernel for torch.float32" in record.getMessage()
+    assert "compiler" in record.getMessage()
 
 
 PLACES = torch.tensor([4, 1, 0, 5, 3, 2])
@@ -130,6 +184,10 @@ def test_computed_rows_go_back_to_their_places(computed: int) -> None:
     torch.testing.assert_close(summed_rows(rows, back, ends, 2), wanted.view(3, 2, 5).sum(1))
     # rows that are not computed need not be there
     few = rows[: max(computed, 1)]
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 3e-2)):
+        found = summed_rows(few.to(dtype), back, ends, 2)
+        assert found.dtype == dtype
+        assert (found - wanted.view(3, 2, 5).sum(1)).abs().max() <= limit
     assert torch.equal(restored_rows(few, back, ends), wanted)
     torch.testing.assert_close(summed_rows(few, back, ends, 2), wanted.view(3, 2, 5).sum(1))
 

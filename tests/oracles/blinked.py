@@ -6,7 +6,7 @@ Copies really stand between the visual tokens and the text; where there are none
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class BlinkOracle:
         visual: bool ``[1, prompt]``, a square grid of one image.
         layers: those that may see copies.
         side: rows of a patch; each token has ``up * up`` copies.
+        modules: of each layer, what it adds to the interpolated grid; none: nothing.
 
     Attributes:
         history: ``(share of the best patch, whether there are copies)`` at each layer.
@@ -36,7 +37,9 @@ class BlinkOracle:
         drop: float,
         side: int = 2,
         up: int = 2,
+        modules: Mapping[int, torch.nn.Module] | None = None,
     ) -> None:
+        self.modules = modules or {}
         self.model, self.inputs, self.layers = model, inputs, layers
         self.expand, self.drop, self.side, self.up = expand, drop, side, up
         self.slots = torch.nonzero(visual[0])[:, 0].tolist()
@@ -107,6 +110,8 @@ class BlinkOracle:
                 mode="bilinear",
                 align_corners=False,
             )
+            if index in self.modules:
+                finer = finer + self.modules[index](finer)
             copies = finer[0].flatten(1).T[None]
             hidden = torch.cat([hidden[:, :last], copies, hidden[:, last:]], 1)
             repeated = patch.repeat_interleave(self.up, 0).repeat_interleave(self.up, 1)

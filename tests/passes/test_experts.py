@@ -32,7 +32,7 @@ from vlmopt.calibration import calibrate
 from vlmopt.errors import OptionError
 from vlmopt.graph.compare import random_inputs
 from vlmopt.graph.stats import program_stats, stats_text
-from vlmopt.lowering.experts import without_skipped_rows
+from vlmopt.lowering.experts import with_kernels, without_skipped_rows
 from vlmopt.passes.experts import frontier
 from vlmopt.passes.experts.expert_topk import ExpertTopK
 from vlmopt.passes.experts.modes import MoDES
@@ -404,6 +404,27 @@ def test_compiled_rows_of_skipped_pairs_are_left_out() -> None:
         Reader(left).run(*random_inputs(fast.vlmopt.program["language_model"], 3))
     assert len(sizes) == 4  # two layers, two products each
     assert all(computed < every for computed, every in sizes)
+
+
+def test_products_of_aten_run_as_those_of_vlmopt_on_the_cpu() -> None:
+    class Products(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(3, 16, 8).bfloat16())
+
+        def forward(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = torch._grouped_mm(rows, self.weight.transpose(1, 2), offs=ends)
+            return found
+
+    given = torch.randn(7, 8).bfloat16(), torch.tensor([2, 2, 7], dtype=torch.int32)
+    gm = vlmopt.capture(Products(), given)["model"].graph_module
+    ours = with_kernels(gm)
+    assert [
+        len(graph.find_nodes(op="call_function", target=GROUPED))
+        for graph in (gm.graph, ours.graph)
+    ] == [0, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*given)[0], gm(*given)[0], atol=3e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("text", [1e-30, 2.0])

@@ -80,8 +80,13 @@ def test_rows_of_zeros_are_least_similar() -> None:
 CARD = torch.tensor([[[1.0, 0, 0, 9], [1, 0, 9, 0], [0, 1, 0, 0]]])
 
 
+def begun(features: Tensor, window: int = 8) -> novelty.Memory:
+    """What a stream remembers before its first chunk, ``features``."""
+    return novelty.started(novelty.Memory.empty(features.shape[-1], window=window), features)
+
+
 def test_card_example() -> None:
-    memory = novelty.remember(None, CARD)
+    memory = novelty.remember(begun(CARD), CARD)
     assert memory.channels.tolist() == [0, 1]
     score = novelty.gaussian_similarity(CARD, memory)
     torch.testing.assert_close(score, torch.tensor([[7.437, 7.437, 3.837]]), atol=1e-3, rtol=0)
@@ -95,11 +100,10 @@ def stream(frames: int = 6, tokens: int = 10, width: int = 8) -> Tensor:
 
 
 def test_memory_is_bounded_and_the_mean_of_all_chunks() -> None:
-    memory, means = None, []
+    memory, means = begun(stream()[:1], window=3), []
     for frame in stream():
-        memory = novelty.remember(memory, frame[None], window=3)
+        memory = novelty.remember(novelty.started(memory, frame[None]), frame[None])
         means.append(frame[:, memory.channels].mean(0))
-    assert memory is not None
     torch.testing.assert_close(memory.total / memory.chunks, torch.stack(means).mean(0))
     torch.testing.assert_close(memory.recent, torch.stack(means[-3:]))
     assert (int(memory.chunks), int(memory.frames)) == (6, 6)
@@ -109,18 +113,19 @@ def test_channels_of_the_first_chunk_stay() -> None:
     """Unless the official code is followed to the letter."""
     first, second = stream(2)[:, None]
     second = second.flip(-1)
-    kept = novelty.remember(novelty.remember(None, first), second)
-    assert kept.channels.tolist() == novelty.steady_channels(first, 0.5).tolist()
-    strict = novelty.remember(novelty.remember(None, first), second, strict_original=True)
-    assert strict.channels.tolist() == novelty.steady_channels(second, 0.5).tolist()
+    once = novelty.remember(begun(first), first)
+    kept = novelty.remember(novelty.started(once, second), second)
+    assert kept.channels.tolist() == novelty.steady_channels(first, 4).tolist()
+    strict = novelty.remember(once, second, strict_original=True)
+    assert strict.channels.tolist() == novelty.steady_channels(second, 4).tolist()
     assert strict.channels.tolist() != kept.channels.tolist()
 
 
 def test_dual_anchor() -> None:
     """Against plain sums, token by token, before and after the window is full."""
-    memory, seen = None, []
+    memory, seen = begun(stream()[:1], window=3), []
     for frame in stream():
-        memory = novelty.remember(memory, frame[None], window=3)
+        memory = novelty.remember(memory, frame[None])
         rows = frame[:, memory.channels].double()
         seen.append(rows.mean(0))
         past = sum(seen[-3:]) / len(seen[-3:])
@@ -142,7 +147,7 @@ def test_what_repeats_is_not_new() -> None:
     frames = (stream(1) + 2).repeat(4, 1, 1)  # as tokens of one image, not far from their mean
     frames[3, 6] = -frames[3, 6]
     for strategy in novelty.STRATEGIES:
-        memory = None
+        memory = begun(frames[:1])
         for frame in frames:
             memory = novelty.remember(memory, frame[None])
             kept = novelty.newest(frame[None], memory, 3, strategy=strategy)

@@ -36,6 +36,13 @@ from vlmopt.passes.tokens.vlm_pruner import VlmPruner
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Modality, Role
 from vlmopt.rewrite.classes import SPECIAL
+from vlmopt.speculative.acceptance import Accepted, accept_greedy, accept_sampled
+from vlmopt.speculative.features import stale_features
+from vlmopt.speculative.lantern import Neighbourhood, nearest_codes
+from vlmopt.speculative.similarity import path_similarity
+from vlmopt.speculative.skipping import Draft, Dynamic, Uniform
+from vlmopt.speculative.tree import tree_of
+from vlmopt.speculative.truncation import taken_length
 
 VECTORS = Path(os.environ.get("VLMOPT_VECTORS", Path(__file__).parents[3] / "shared" / "vectors"))
 
@@ -493,12 +500,11 @@ def test_stc_pruner() -> None:
     for description, tensors in cases("01-stc"):
         given = description["parameters"]
         frames, tokens = given["frames_per_chunk"], given["tokens_per_frame"]
-        memory = None
+        width = tensors["chunk0.features"].shape[-1]
+        memory = novelty.Memory.empty(width, ratio=given["channel_keep_ratio"])
         for chunk in range(given["chunks"]):
             features = tensors[f"chunk{chunk}.features"].float().unflatten(0, (frames, tokens))
-            memory = novelty.remember(
-                memory, features, ratio=given["channel_keep_ratio"], strict_original=True
-            )
+            memory = novelty.remember(memory, features, strict_original=True)
             mean = features[..., memory.channels].mean((0, 1))
             torch.testing.assert_close(mean, tensors[f"chunk{chunk}.chunk_mean"])
             count = given["token_per_frame_kept"]
@@ -507,3 +513,59 @@ def test_stc_pruner() -> None:
             assert (kept + offset).flatten().tolist() == tensors[
                 f"chunk{chunk}.kept_index"
             ].tolist()
+
+
+def test_vvs_acceptance() -> None:
+    for description, tensors in cases("59-vvs"):
+        given, wanted = description["parameters"], description["results"]
+        assert nearest_codes(tensors["codebook"], given["lantern_k"]).equal(tensors["nearest"])
+        near = Neighbourhood(tensors["nearest"], given["lantern_delta"])
+        tokens, parents, paths = tree_of(tensors["candidates"])
+        probabilities = torch.zeros(len(tokens), given["V"])
+        probabilities[paths[paths >= 0]] = tensors["target_logits"][paths >= 0].softmax(-1)
+
+        def is_row(found: Accepted, result: dict[str, Any], paths: torch.Tensor = paths) -> bool:
+            """Whether a path, the first of those that begin so, and its length are the same."""
+            length = len(found.nodes)
+            begins = (paths[:, :length] == found.nodes).all(-1)
+            row = int(begins.nonzero()[0]) if length > 1 else 0
+            return (row, length - 1) == (result["best_row"], result["accepted_after_root"])
+
+        assert is_row(accept_greedy(tokens, parents, probabilities), wanted["greedy"])
+        relaxed = accept_greedy(tokens, parents, probabilities, near)
+        assert is_row(relaxed, wanted["greedy_relaxed"])
+        for run, following in zip(
+            wanted["sampling_runs"], tensors["sampling_next_dist"], strict=True
+        ):
+            drawn = torch.tensor(run["u"])
+            help_by = near if run["lantern"] else None
+            found = accept_sampled(tokens, parents, probabilities, drawn, help_by)
+            assert is_row(found, run) and found.following.equal(following)
+
+
+def test_vvs_skips() -> None:
+    for description, tensors in cases("59-vvs"):
+        given, wanted = description["parameters"], description["results"]
+        rows, codebook = tensors["candidates"], tensors["codebook"]
+        halved = rows[:: given["stride"]]
+        for found, name in [
+            (path_similarity(halved, codebook), "exp_decay"),
+            (path_similarity(halved, codebook, decay=1.0), "uniform"),
+        ]:
+            assert float(found) == pytest.approx(wanted["similarity_stride2"][name], abs=1e-6)
+        every = path_similarity(rows, codebook, decay=given["decay"])
+        assert float(every) == pytest.approx(wanted["similarity_all_rows_exp_decay"], abs=1e-6)
+        uniform, schedule = Uniform(interval=given["interval"]), wanted["uniform_decisions"]
+        steps = zip(schedule["iteration"], schedule["new_tokens"], strict=True)
+        decided = [uniform.skips(Draft(at, new, False, rows)) for at, new in steps]
+        assert decided == schedule["skip"]
+        for case in wanted["dynamic_decisions"]:
+            draft = Draft(2, case["new_tokens"], case["last_skip"], rows, codebook)
+            assert Dynamic(threshold=case["threshold"]).skips(draft) == case["skip"]
+        selected = wanted["skip_select"]
+        lengths = [taken_length(rows, row) for row in selected["row"]]
+        assert lengths == selected["accept_length"]
+        features = tensors["features"]
+        assert stale_features(features, 3).equal(tensors["features_take3"])
+        more = stale_features(features, features.shape[1] + 2)
+        assert more.equal(tensors["features_take_more"])

@@ -86,11 +86,11 @@ class TestCard:
         generator = torch.Generator().manual_seed(0)
         modality = torch.tensor([[1] + [2] * 20 + [1], [0, 1] + [2] * 10 + [1] * 10])
         pixels, hidden = (torch.randn(2, 22, 5, generator=generator) for _ in range(2))
-        found = self.method(keep=(0.2,)).select(modality, pixels, hidden, 20)
+        found = self.method(keep=(0.2,)).select(modality, pixels, hidden, 4, 20)
         assert (found > 0).sum(1).tolist() == [4, 2]
         assert (found < 0).sum(1).tolist() == [6, 3]  # 30 % of all
         assert not found[modality != Modality.VISION].any()
-        only = self.method(keep=(0.2,), alpha=1.0).select(modality, pixels, hidden, 20)
+        only = self.method(keep=(0.2,), alpha=1.0).select(modality, pixels, hidden, 4, 20)
         assert not (only < 0).any()
 
 

@@ -93,6 +93,8 @@ class TokenAxes:
             may have more leading dimensions than the value: then it broadcasts over the batch.
         special: tokens at the front that stay in their places, so that they may be read by place.
         numbers: for values that hold row numbers, the dimension that they number.
+        fronts: for an axis that tokens share with others, ``T + 6``, how many of the others stand
+            before them; ``None`` where it is not the same everywhere.
     """
 
     tokens: Factor
@@ -102,6 +104,28 @@ class TokenAxes:
     frontier: dict[fx.Node, Dims] = field(default_factory=dict)
     special: int = 0
     numbers: dict[fx.Node, Dim] = field(default_factory=dict)
+    fronts: dict[Factor, int | None] = field(default_factory=dict)
+
+    def size(self, dim: Dim) -> Factor:
+        """How long an axis was when it was traced."""
+        total: Factor = 1
+        for factor in dim:
+            total = total * factor
+        if isinstance(total, sympy.Expr):
+            substitutes = {T: self.tokens, B1: 1}
+            if self.batch is not None:
+                substitutes[B] = self.batch
+            total = sympy.expand(total.subs(substitutes))
+            if total.is_number:
+                return int(total)
+        return total
+
+    def place(self, dim: Dim) -> tuple[int, int] | None:
+        """Where the tokens begin and end along an axis, if that was known when it was traced."""
+        front = 0 if dim == (T,) else self.fronts.get(dim[0]) if len(dim) == 1 else None
+        if front is None or not isinstance(self.tokens, int):
+            return None
+        return front, front + self.tokens
 
     @property
     def region(self) -> list[fx.Node]:
@@ -223,17 +247,7 @@ class _Rule:
         return dim % max(1, len(self.dims(value)))
 
     def _volume(self, dim: Dim) -> Factor:
-        total: Factor = 1
-        for factor in dim:
-            total = total * factor
-        if isinstance(total, sympy.Expr):
-            substitutes = {T: self.axes.tokens, B1: 1}
-            if self.axes.batch is not None:
-                substitutes[B] = self.axes.batch
-            total = sympy.expand(total.subs(substitutes))
-            if total.is_number:
-                return int(total)
-        return total
+        return self.axes.size(dim)
 
     def same_size(self, one: Any, two: Any) -> bool:
         return bool(sympy.simplify(sympy.sympify(one) - sympy.sympify(two)) == 0)
@@ -487,6 +501,13 @@ def _slice(rule: _Rule) -> Dims:
         source[dim] = (1,)
         return tuple(source)
     start, stop, step = (rule.number(at, name) for at, name in enumerate(_SLICE, start=2))
+    place = rule.axes.place(source[dim])
+    if place is not None and source[dim] != (T,) and step in (None, 1):
+        start = start or 0
+        if isinstance(start, int):
+            first = start if start >= 0 else start + rule._volume(source[dim])
+            source[dim] = _part(rule, place, first, first + size)
+            return tuple(source)
     if source[dim] == (T,) and step in (None, 1):
         start, special = start or 0, rule.axes.special
         if isinstance(stop, int) and 0 <= start < stop <= special:
@@ -499,6 +520,15 @@ def _slice(rule: _Rule) -> Dims:
 
 
 _SLICE = ("start", "end", "step")
+
+
+def _part(rule: _Rule, place: tuple[int, int], start: int, stop: int) -> Dim:
+    """A run of an axis that tokens share with others: all of them, or none."""
+    if (start, stop) == place:
+        return (T,)
+    if stop <= place[0] or start >= place[1]:
+        return (stop - start,)
+    raise rule.refuse("takes a part of the token axis by position")
 
 
 def _is_last(rule: _Rule, index: Any, dim: Dim) -> bool:
@@ -544,6 +574,10 @@ def _several(rule: _Rule) -> list[Dims | None]:
     else:
         dim = rule.number(1, "dim", -1)
     chosen = [dim] if isinstance(dim, int) else list(dim)
+    if target is aten.split_with_sizes.default and has_tokens(source[dim]):
+        place = rule.axes.place(source[dim])
+        if place is not None:
+            return _split_others_off(rule, source, dim % len(source), place)
     if any(has_tokens(source[d]) for d in chosen):
         raise rule.refuse("works along the token axis")
     results: list[Dims | None] = []
@@ -559,6 +593,19 @@ def _several(rule: _Rule) -> list[Dims | None]:
         else:
             gone = {c % len(source) for c in chosen}
             results.append(tuple(have for d, have in enumerate(source) if d not in gone))
+    return results
+
+
+def _split_others_off(
+    rule: _Rule, source: Dims, dim: int, place: tuple[int, int]
+) -> list[Dims | None]:
+    """Results of a split between tokens and others that share an axis with them."""
+    results: list[Dims | None] = []
+    start = 0
+    for size in rule.node.args[1]:  # type: ignore[union-attr]
+        part = _part(rule, place, start, start + int(size))  # type: ignore[arg-type]
+        results.append((*source[:dim], part, *source[dim + 1 :]))
+        start += int(size)  # type: ignore[arg-type]
     return results
 
 
@@ -596,9 +643,21 @@ def _cat(rule: _Rule) -> Dims:
             raise rule.refuse("joins flattened token axes")
         total = sum((d[0] if len(d) == 1 else rule._volume(d)) for d in along)
         joined: Dim = (sympy.expand(total),)
+        _note_front(rule, joined[0], along)
     else:
         joined = (shape_of(rule.node)[dim],)
     return (*result[:dim], joined, *result[dim:])
+
+
+def _note_front(rule: _Rule, joined: Factor, along: list[Dim]) -> None:
+    """Remember where the tokens stand along an axis that they share with others."""
+    fronts = rule.axes.fronts
+    tokens = [at for at, dim in enumerate(along) if has_tokens(dim)]
+    front: int | None = None
+    if len(tokens) == 1 and along[tokens[0]] == (T,):
+        before = [rule._volume(dim) for dim in along[: tokens[0]]]
+        front = sum(before) if all(isinstance(size, int) for size in before) else None
+    fronts[joined] = front if fronts.get(joined, front) == front else None
 
 
 @_rule(aten.stack.default)

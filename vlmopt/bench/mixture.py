@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmopt.analysis.experts import find_experts
 from vlmopt.bench.models import layers_and_width
-from vlmopt.bench.prefill import difference, markdown, milliseconds, require_parity
+from vlmopt.bench.prefill import SPEED, difference, markdown, require_parity, speed_cells
 from vlmopt.bench.timing import Ratio, finishing, interleave, is_noisy
 from vlmopt.graph.compare import TOLERANCES
 from vlmopt.passes.experts.base import PAIRS
@@ -285,12 +285,7 @@ def table(results: Sequence[Mixture]) -> str:
         "dtype",
         "backend",
         "skipped",
-        "Inductor",
-        "vlmopt",
-        "speed-up (90 %)",
-        "FLOPs ideal",
-        "of ideal",
-        "over captured",
+        *SPEED,
     )
     rows = []
     for result in results:
@@ -302,12 +297,14 @@ def table(results: Sequence[Mixture]) -> str:
                     result.dtype,
                     result.backend,
                     f"{cut.skipped:.1%}",
-                    milliseconds(result.seconds["hf"]),
-                    milliseconds(result.seconds[cut.pipeline]),
-                    ratio.text(noisy=result.noisy),
-                    f"{cut.ideal:.2f}",
-                    f"{ratio.value / cut.ideal:.2f}",
-                    f"{captured:.2f} ({captured / cut.ideal:.2f})",
+                    *speed_cells(
+                        result.seconds["hf"],
+                        result.seconds[cut.pipeline],
+                        ratio,
+                        captured,
+                        cut.ideal,
+                        noisy=result.noisy,
+                    ),
                 )
             )
     return markdown(head, rows)

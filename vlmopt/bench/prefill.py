@@ -361,6 +361,36 @@ def table(results: Sequence[Prefill]) -> str:
     return markdown(head, rows)
 
 
+SPEED = ("Inductor", "vlmopt", "speed-up (90 %)", "FLOPs ideal", "of ideal", "over captured")
+"""Heads of the columns of :func:`speed_cells`."""
+
+
+def speed_cells(
+    baseline: Sequence[float],
+    seconds: Sequence[float],
+    ratio: Ratio,
+    captured: float,
+    ideal: float,
+    *,
+    noisy: bool,
+) -> tuple[str, ...]:
+    """How fast something is against the untouched model, against its graph, and its ideal.
+
+    Args:
+        baseline, seconds: of the untouched model, and of what is compared; one per round.
+        ratio: speed-up over the former; ``captured``: over the graph of it.
+        ideal: the speed-up that FLOPs allow.
+    """
+    return (
+        milliseconds(baseline),
+        milliseconds(seconds),
+        ratio.text(noisy=noisy),
+        f"{ideal:.2f}",
+        f"{ratio.value / ideal:.2f}",
+        f"{captured:.2f} ({captured / ideal:.2f})",
+    )
+
+
 def milliseconds(seconds: Sequence[float]) -> str:
     """The median, as text."""
     return f"{1000 * median(seconds):.1f} ms"

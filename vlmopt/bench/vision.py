@@ -13,11 +13,12 @@ import torch
 
 from vlmopt.bench.models import layers_and_width
 from vlmopt.bench.prefill import (
+    SPEED,
     difference,
     flops_ideal,
     markdown,
-    milliseconds,
     require_parity,
+    speed_cells,
 )
 from vlmopt.bench.timing import Ratio, finishing, interleave, is_noisy
 from vlmopt.graph.compare import TOLERANCES
@@ -177,12 +178,7 @@ def table(results: Sequence[Encoding]) -> str:
         "dtype",
         "batch",
         "pass",
-        "Inductor",
-        "vlmopt",
-        "speed-up (90 %)",
-        "FLOPs ideal",
-        "of ideal",
-        "over captured",
+        *SPEED,
     )
     rows = []
     for result in results:
@@ -193,12 +189,14 @@ def table(results: Sequence[Encoding]) -> str:
                 result.dtype,
                 str(result.batch),
                 result.pipeline,
-                milliseconds(result.seconds["hf"]),
-                milliseconds(result.seconds[result.pipeline]),
-                ratio.text(noisy=result.noisy),
-                f"{result.ideal:.2f}",
-                f"{ratio.value / result.ideal:.2f}",
-                f"{captured:.2f} ({captured / result.ideal:.2f})",
+                *speed_cells(
+                    result.seconds["hf"],
+                    result.seconds[result.pipeline],
+                    ratio,
+                    captured,
+                    result.ideal,
+                    noisy=result.noisy,
+                ),
             )
         )
     return markdown(head, rows)

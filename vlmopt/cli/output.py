@@ -8,16 +8,19 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vlmopt import errors
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class ExitCode(IntEnum):
@@ -91,6 +94,17 @@ class Output:
             _print_colored(text)
         else:
             print(text)
+
+    def print_lines(self, lines: Sequence[Text], document: Mapping[str, Any]) -> None:
+        """As :meth:`print`, of text that has its own colours."""
+        if self.format == "json" or not self.in_color:
+            self.print("\n".join(line.plain for line in lines), document)
+            return
+        from rich.console import Console
+
+        console = Console(force_terminal=True, soft_wrap=True, highlight=False)
+        for line in lines:
+            console.print(line)
 
     def progress(self, text: str) -> None:
         """Say what is going on, on stderr, unless ``-q`` was given."""

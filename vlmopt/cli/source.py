@@ -22,14 +22,19 @@ SOURCE is one of:
   pkg.mod:factory   a Python callable that returns a Program or (model, inputs);
                     naming it imports the module, which runs its code
   digits            the bundled vision-language model
-  digits-moe        the one with mixtures of experts"""
+  digits-moe        the one with mixtures of experts
+  digits-dit        the bundled diffusion transformer, for 20 steps of DDIM"""
+
+DIGITS_DIT = "digits-dit"
 
 SAMPLES_HELP = """\
 \b
 MODEL is pkg.mod:factory, a Python callable that returns a model or (model, inputs), or digits or
 digits-moe, the bundled models. SAMPLES is pkg.mod:factory, which returns the inputs of one prompt
 after the other as the model's processor makes them, or digits. Naming a factory imports the module,
-which runs its code. Interrupted, a calibration goes on where it stopped when it is called again."""
+which runs its code. For a denoising loop, MODEL is pkg.mod:factory that returns (pipeline, keyword
+arguments of its calls, one after the other), or digits-dit. Interrupted, a calibration goes on
+where it stopped when it is called again."""
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -60,6 +65,8 @@ def load_program(source: str, *, weights: bool = True) -> Program:
         return _call_factory(source)
     if _is_bundled(source):
         return _capture_digits(source)
+    if source == DIGITS_DIT:
+        return _capture_digits_dit()
     raise ArtifactError(
         f"{source} is neither a program folder, nor a .pt2 file, nor pkg.mod:factory, nor digits",
         hint="vlmopt capture --help describes what can be read",
@@ -131,6 +138,38 @@ def load_samples(source: str) -> Iterable[Any]:
     return _find_factory(source)()  # type: ignore[no-any-return]
 
 
+def load_pipeline(
+    source: str, *, generations: int, steps: int, scheduler: str, guidance: float
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The pipeline that the argument MODEL of a calibration names, and calls of it.
+
+    Args:
+        generations, steps, scheduler, guidance: of the bundled model; those of others are in the
+            calls that their factory returns.
+
+    Raises:
+        ArtifactError: there is no such thing.
+        CaptureError: a factory returns something else.
+    """
+    if source == DIGITS_DIT:
+        from vlmopt import digit_diffusion
+
+        pipe = digit_diffusion.DigitPipeline(scheduler=digit_diffusion.load_scheduler(scheduler))
+        return pipe, digit_diffusion.calibration_calls(generations, steps=steps, guidance=guidance)
+    if not _FACTORY.fullmatch(source):
+        raise ArtifactError(
+            f"{source} is neither pkg.mod:factory nor {DIGITS_DIT}",
+            hint="name a callable that returns (pipeline, calls)",
+        )
+    made = _find_factory(source)()
+    if not (isinstance(made, tuple) and len(made) == 2 and hasattr(made[0], "transformer")):
+        raise CaptureError(
+            f"{source} returned {type(made).__name__}, not (pipeline, calls)",
+            hint="calls are keyword arguments of the pipeline, one dict for each generation",
+        )
+    return made[0], list(made[1])
+
+
 def _is_bundled(source: str) -> bool:
     from vlmopt import digits
 
@@ -153,6 +192,14 @@ def _capture_digits(name: str) -> Program:
     model, processor = _load_digits(name)
     scene, question = digits.heldout_samples(1)[0]
     return capture(model, dict(digits.batch(processor, [scene], [question])))
+
+
+def _capture_digits_dit() -> Program:
+    from vlmopt import digit_diffusion
+    from vlmopt.denoising.pipelines import capture_pipeline
+
+    (call,) = digit_diffusion.calibration_calls(1, size=1)
+    return capture_pipeline(digit_diffusion.DigitPipeline(), **call)
 
 
 def _call_factory(source: str) -> Program:

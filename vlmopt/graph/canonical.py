@@ -1,8 +1,9 @@
 """From a ``torch.export`` program to the canonical graph of a stage.
 
 Canonical: functional ATen without decomposing composite operators, weights as ``get_attr``, no
-run-time asserts, no concatenation with nothing, masked row updates in dense form, grouped products
-under one name, and what is written part by part into an empty tensor as a concatenation.
+run-time asserts, no concatenation with nothing, no squeeze of nothing, masked row updates in dense
+form, grouped products under one name, and what is written part by part into an empty tensor as a
+concatenation.
 """
 
 from __future__ import annotations
@@ -152,6 +153,14 @@ def _dense_masked_update(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+def _drop_void_squeeze(graph: fx.Graph, node: fx.Node) -> None:
+    """Squeezing a dimension that is longer than one changes nothing; ONNX has no word for it."""
+    source = cast("fx.Node", node.args[0])
+    if source.meta["val"].ndim == node.meta["val"].ndim:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
 _EMPTY = (aten.new_empty.default, aten.empty.memory_format, aten.empty_like.default)
 
 
@@ -236,6 +245,7 @@ _RULES: dict[Any, Callable[[fx.Graph, fx.Node], None]] = {
     aten.cat.default: _drop_empty_operands,
     aten.index_put.default: _dense_masked_update,
     aten.slice_scatter.default: _join_written_parts,
+    aten.squeeze.dim: _drop_void_squeeze,
 }
 
 

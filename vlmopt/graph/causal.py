@@ -7,6 +7,7 @@ mask. A specialised graph does know.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ LARGEST = 2**28
 """Elements of a mask that are looked at; a larger one stays as it is."""
 
 
-def drop_constant_masks(graph: fx.Graph) -> int:
+def drop_constant_masks(
+    graph: fx.Graph, given: Mapping[fx.Node, torch.Tensor] | None = None
+) -> int:
     """Replace constant masks of attention by ``is_causal=True``, or by nothing if all is visible.
 
     Only masks computed from numbers alone are looked at: none that an input or a weight has a part
@@ -29,11 +32,12 @@ def drop_constant_masks(graph: fx.Graph) -> int:
 
     Args:
         graph: changed in place.
+        given: inputs that always have these values.
 
     Returns:
         Number of attention nodes changed.
     """
-    known: dict[fx.Node, Any] = {}
+    known: dict[fx.Node, Any] = dict(given or {})
     kinds: dict[fx.Node, str | None] = {}
     changed = 0
     for node in graph.find_nodes(

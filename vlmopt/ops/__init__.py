@@ -11,7 +11,9 @@ from vlmopt.ops import (  # noqa: F401 - registers gradients
     attention,
     attention_gradient,
     experts,
+    logsumexp,
     packed,
+    ranking,
     selection,
 )
 
@@ -20,6 +22,8 @@ _own = torch.ops.vlmopt
 DECOMPOSITIONS: Mapping[Any, Callable[..., torch.Tensor]] = {
     _own.attention_rows.default: attention.attention_rows_reference,
     _own.attention_mass.default: attention.attention_mass_reference,
+    _own.attention_logsumexp.default: logsumexp.attention_logsumexp_reference,
+    _own.kth_largest.default: ranking.kth_largest_reference,
     _own.computed_rows.default: lambda places, ends: places.clone(),
     _own.restored_rows.default: experts.restored_rows_reference,
     _own.summed_rows.default: experts.summed_rows_reference,

@@ -22,6 +22,18 @@ def attention_rows_reference(
     scale: float | None = None,
 ) -> Tensor:
     """:func:`attention_rows` in operators of torch."""
+    logits = attention_logits(query, key, mask, positions, scale)
+    return torch.softmax(logits, -1).nan_to_num(0.0)
+
+
+def attention_logits(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What :func:`attention_rows` takes the softmax of, ``-inf`` where nothing is seen."""
     query, key = query.float(), key.float()
     if key.shape[1] != query.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -36,7 +48,7 @@ def attention_rows_reference(
     if positions is not None:
         place = torch.arange(key.shape[2], device=key.device)
         logits = logits.masked_fill(place > positions[:, None, :, None], float("-inf"))
-    return torch.softmax(logits, -1).nan_to_num(0.0)
+    return logits
 
 
 @torch.library.custom_op("vlmopt::attention_rows", mutates_args=())
@@ -180,6 +192,14 @@ def probability_blocks(
 
     Rows of a causal block end with the last key that one of them sees.
     """
+    for at, block in row_blocks(query, key, mask, causal, scale):
+        yield at, attention_rows_reference(*block)
+
+
+def row_blocks(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor | None, Tensor | None, float | None]]]:
+    """The first query of each block, and what :func:`attention_logits` takes for it."""
     queries, keys = query.shape[2], key.shape[2]
     for at in range(0, queries, _ROWS):
         end = min(at + _ROWS, queries)
@@ -192,8 +212,7 @@ def probability_blocks(
             part = part[..., at:end, :]
         if part is not None and part.shape[-1] != 1:
             part = part[..., :seen]
-        block = (query[:, :, at:end], key[:, :, :seen], part, positions, scale)
-        yield at, attention_rows_reference(*block)
+        yield at, (query[:, :, at:end], key[:, :, :seen], part, positions, scale)
 
 
 @attention_mass.register_fake

@@ -52,6 +52,11 @@ def _through_softmax(
     """Gradients of query and key, float32, from that of ``rows = softmax(query key^T)``."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = rows * (gradient - (rows * gradient).sum(-1, keepdim=True)) * scale
+    return through_logits(query, key, logits)
+
+
+def through_logits(query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key, float32, from that of ``query key^T``, all heads."""
     shared = (key.shape[1], query.shape[1] // key.shape[1])  # heads by their key head
     logits, query = logits.unflatten(1, shared), query.float().unflatten(1, shared)
     to_query = torch.einsum("bkgqt,bktd->bkgqd", logits, key.float()).flatten(1, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from vlmopt.ops.attention import uses_kernels
-from vlmopt.ops.packed import is_available, linear, made_once, pack
+from vlmopt.ops.packed import is_available, linear
 
 
 @torch.library.custom_op("vlmopt::computed_rows", mutates_args=())
@@ -94,6 +93,10 @@ def summed_rows(rows: Tensor, back: Tensor, ends: Tensor, k: int) -> Tensor:
     """
     if rows.device.type != "cpu":
         return summed_rows_reference(rows, back, ends, k)
+    from vlmopt.lowering.cpp import experts as cpu
+
+    if (found := cpu.summed_rows(rows, back, ends, k)) is not None:
+        return found
     computed = back < ends[-1]
     counts = computed.view(-1, k).sum(1)
     # reads and adds the computed rows alone, with all vector units
@@ -205,15 +208,18 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
         with torch.cuda.device_of(rows):
             return kernels.grouped_mm(rows, weights, ends)
-    matrices = weights.unbind(0)
-    if rows.dtype == torch.float32 and rows.device.type == "cpu" and is_available():
-        # with few rows up to twice as fast as MKL on processors that are not its vendor's
-        return _by_onednn(rows, [matrix.t() for matrix in matrices], ends)
+    if rows.device.type == "cpu":
+        from vlmopt.lowering.cpp import experts as cpu
+
+        if (found := cpu.grouped_mm(rows, weights, ends)) is not None:
+            return found
+        if rows.dtype == torch.float32 and is_available():
+            return _by_onednn(rows, weights, ends)
     bounds, sizes = _groups(ends)
     result = rows.new_empty(len(rows), weights.shape[2])
     inside = bounds[-1]
-    groups = zip(rows[:inside].split(sizes), matrices, result[:inside].split(sizes), strict=True)
-    for own, matrix, place in groups:
+    parts = rows[:inside].split(sizes), weights.unbind(0), result[:inside].split(sizes)
+    for own, matrix, place in zip(*parts, strict=True):
         if len(own):
             torch.mm(own, matrix, out=place)
     result[inside:] = 0
@@ -231,40 +237,12 @@ def _groups(ends: Tensor) -> tuple[list[int], list[int]]:
     return bounds, [end - start for start, end in itertools.pairwise(bounds)]
 
 
-def _by_onednn(rows: Tensor, matrices: Sequence[Tensor], ends: Tensor) -> Tensor:
-    """:func:`grouped_mm`; matrices ``[result width, width]``, packed or not."""
+def _by_onednn(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """:func:`grouped_mm`; MKL takes twice as long where the processor is not its vendor's."""
     bounds, sizes = _groups(ends)
-    pairs = zip(rows[: bounds[-1]].split(sizes), matrices, strict=True)
-    found = [linear(own, matrix) for own, matrix in pairs if len(own)]
-    return torch.cat([*found, rows.new_zeros(len(rows) - bounds[-1], matrices[0].shape[0])])
-
-
-def pack_matrices(weights: Tensor, transposed: bool) -> list[Tensor]:
-    """Each matrix laid out as oneDNN reads it, once; as for :func:`packed_grouped_mm`."""
-    return made_once(
-        weights,
-        lambda stacked: [
-            pack(matrix if transposed else matrix.t().contiguous()) for matrix in stacked.detach()
-        ],
-    )
-
-
-@torch.library.custom_op("vlmopt::packed_grouped_mm", mutates_args=())
-def packed_grouped_mm(rows: Tensor, weights: Tensor, transposed: bool, ends: Tensor) -> Tensor:
-    """:func:`grouped_mm` for inference on the CPU, in float32 or bfloat16, by oneDNN.
-
-    Weights are packed at first use, and stay so until they change: twice the memory.
-
-    Args:
-        weights: ``[groups, width, result width]``, or the last two the other way round if
-            ``transposed``.
-    """
-    return _by_onednn(rows, pack_matrices(weights, transposed), ends)
-
-
-@packed_grouped_mm.register_fake
-def _(rows: Tensor, weights: Tensor, transposed: bool, ends: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], weights.shape[1 if transposed else 2])
+    pairs = zip(rows[: bounds[-1]].split(sizes), weights.unbind(0), strict=True)
+    found = [linear(own, matrix.t()) for own, matrix in pairs if len(own)]
+    return torch.cat([*found, rows.new_zeros(len(rows) - bounds[-1], weights.shape[2])])
 
 
 @torch.library.custom_op("vlmopt::grouped_outer", mutates_args=())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar, cast
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,24 +23,20 @@ def pack(weight: Tensor) -> Tensor:
     return result
 
 
-Made = TypeVar("Made")
-
-_made = WeakTensorKeyDictionary()
-"""What was made of a weight, and its version then: stages share it, and it lives as long as the
-weight does."""
+_packed = WeakTensorKeyDictionary()
+"""The version of a weight, and its parts as packed then: stages share them, and they live as long
+as the weight does."""
 
 
-def made_once(weight: Tensor, make: Callable[[Tensor], Made]) -> Made:
-    """``make(weight)``, kept until the weight changes."""
-    found = _made.get(weight)
+def packed(weight: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """What :func:`pack` makes of a weight, or of its output features from ``start`` on, once."""
+    features = slice(start, stop).indices(weight.shape[0])[:2]
+    found: tuple[int, dict[tuple[int, int], Tensor]] | None = _packed.get(weight)
     if found is None or found[0] != weight._version:
-        found = _made[weight] = (weight._version, make(weight))
-    return cast("Made", found[1])
-
-
-def packed(weight: Tensor) -> Tensor:
-    """What :func:`pack` makes of a weight, once."""
-    return made_once(weight, pack)
+        found = _packed[weight] = (weight._version, {})
+    if features not in found[1]:
+        found[1][features] = pack(weight[slice(*features)])
+    return found[1][features]
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,15 +13,13 @@ import math
 import re
 import types
 import typing
+from abc import ABC
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from vlmopt.errors import OptionError
-
-if TYPE_CHECKING:
-    from vlmopt.pipeline.passes import Pass
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -77,6 +75,20 @@ def override(base: type[Any], name: str, default: Any, **changes: Any) -> Any:
     return dataclasses.field(default=default, metadata={**field.metadata, **changes})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configurable(ABC):
+    """Base of whatever is chosen by name, with options: passes, and policies of other loops.
+
+    Subclasses are frozen, keyword-only dataclasses whose fields are the options.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Convert and check the options; a subclass with a check of its own calls this first."""
+        check_options(self)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptionRow:
     """An option as documentation shows it: all texts, ``default`` as in a pipeline."""
@@ -86,7 +98,7 @@ class OptionRow:
     help: str
 
 
-def option_rows(one: type[Pass]) -> list[OptionRow]:
+def option_rows(one: type[Configurable]) -> list[OptionRow]:
     """The options of a pass class, in order of declaration."""
     return [
         OptionRow(field.name, _default_text(field), str(field.metadata.get("help", "")))
@@ -124,7 +136,7 @@ class OptionType:
 
 
 @cache
-def option_types(cls: type[Pass]) -> dict[str, OptionType]:
+def option_types(cls: type[Configurable]) -> dict[str, OptionType]:
     """The options of a pass class by name, in order of declaration.
 
     Raises:
@@ -152,7 +164,7 @@ def _read_annotation(annotation: Any, where: str) -> OptionType:
     return OptionType(scalars, is_list)
 
 
-def check_options(instance: Pass) -> None:
+def check_options(instance: Configurable) -> None:
     """Convert and check every option of a pass, in place (it is frozen, but not yet in use).
 
     Raises:
@@ -175,7 +187,7 @@ def check_options(instance: Pass) -> None:
         object.__setattr__(instance, field.name, checked)
 
 
-def check_names(cls: type[Pass], names: Iterable[str]) -> None:
+def check_names(cls: type[Configurable], names: Iterable[str]) -> None:
     """Raise :class:`~vlmopt.errors.OptionError` for the first name that is no option of ``cls``."""
     known = list(option_types(cls))
     for name in names:
@@ -188,7 +200,7 @@ def check_names(cls: type[Pass], names: Iterable[str]) -> None:
         raise OptionError(f"{cls.name} has no {lacks}", hint=hint)
 
 
-def option_from_text(cls: type[Pass], name: str, items: Sequence[str] | None) -> Any:
+def option_from_text(cls: type[Configurable], name: str, items: Sequence[str] | None) -> Any:
     """The value of an option as written in a pipeline.
 
     Args:
@@ -211,7 +223,7 @@ def option_from_text(cls: type[Pass], name: str, items: Sequence[str] | None) ->
     return _read_item(cls, name, items[0], kind)
 
 
-def _read_item(cls: type[Pass], name: str, text: str, kind: OptionType) -> Any:
+def _read_item(cls: type[Configurable], name: str, text: str, kind: OptionType) -> Any:
     if kind.scalars == {str}:
         return text
     if kind.scalars == {bool}:
@@ -224,7 +236,7 @@ def _read_item(cls: type[Pass], name: str, text: str, kind: OptionType) -> Any:
     raise _error(cls, name, f"is {text!r}, not {kind.describe()}")
 
 
-def _check_item(cls: type[Pass], name: str, value: Any, kind: OptionType) -> Any:
+def _check_item(cls: type[Configurable], name: str, value: Any, kind: OptionType) -> Any:
     fits = any(
         # True is an int to isinstance, and an int serves as a float
         isinstance(value, scalar) and (scalar is bool) == isinstance(value, bool)
@@ -240,7 +252,7 @@ def _check_item(cls: type[Pass], name: str, value: Any, kind: OptionType) -> Any
 
 
 def _check_constraints(
-    cls: type[Pass], field: dataclasses.Field[Any], value: Any, kind: OptionType
+    cls: type[Configurable], field: dataclasses.Field[Any], value: Any, kind: OptionType
 ) -> None:
     limits = field.metadata
     items = value if kind.is_list else (value,)
@@ -272,7 +284,9 @@ def _check_constraints(
                 )
 
 
-def _error(cls: type[Pass], name: str, what: str, *, hint: str | None = None) -> OptionError:
+def _error(
+    cls: type[Configurable], name: str, what: str, *, hint: str | None = None
+) -> OptionError:
     field = next(field for field in dataclasses.fields(cls) if field.name == name)
     about = field.metadata.get("help")
     if hint is None and about:

@@ -6,7 +6,7 @@ write :meth:`Pass.run`; bookkeeping, verification and restoring after a failure 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
-from vlmopt.pipeline.options import check_options
+from vlmopt.pipeline.options import Configurable
 
 if TYPE_CHECKING:
     from vlmopt.program import Program
@@ -98,14 +98,13 @@ class PassContext:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass(ABC):
+class Pass(Configurable):
     """Base of every pass. The docstring's first line is its summary in ``vlmopt passes``.
 
     Subclasses are frozen, keyword-only dataclasses whose fields are the options, and set the class
     variables below. An instance keeps no state between runs.
     """
 
-    name: ClassVar[str]
     family: ClassVar[str]
     phase: ClassVar[Phase]
     semantics: ClassVar[Semantics]
@@ -120,17 +119,13 @@ class Pass(ABC):
     zero_matches_ok: ClassVar[bool] = False
     """a clean-up may find nothing; any other pass that finds nothing is an error"""
 
-    def __post_init__(self) -> None:
-        """Convert and check the options; a subclass with a check of its own calls this first."""
-        check_options(self)
-
     def __str__(self) -> str:
         """The text of this pass in a pipeline; options that equal their default are left out."""
         from vlmopt.pipeline.spec import format_pass  # spec needs the registry, which needs Pass
 
         return format_pass(self)
 
-    def requires(self, program: Program) -> None:  # noqa: B027 - optional hook
+    def requires(self, program: Program) -> None:
         """Raise :class:`~vlmopt.errors.PreconditionError` if the program lacks what this needs."""
 
     @abstractmethod

@@ -12,12 +12,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from vlmopt.errors import OptionError, PipelineSyntaxError
-from vlmopt.pipeline.options import check_names, option_from_text, option_types
+from vlmopt.pipeline.options import Configurable, check_names, option_from_text, option_types
 from vlmopt.pipeline.passes import Pass
 from vlmopt.pipeline.registry import find_pass
+
+C = TypeVar("C", bound=Configurable)
 
 _SPACE = re.compile(r"\s*")
 _WORD = re.compile(r"""[^\s{}|,="'\\]+""")
@@ -32,7 +34,30 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
         UnknownPassError: a pass is unknown.
         OptionError: an option is unknown, repeated, missing, or has a wrong value.
     """
-    return tuple(_build(*call) for call in _Parser(text).pipeline())
+    return tuple(_build(find_pass(name), options) for name, options in _Parser(text).pipeline())
+
+
+def parse_choice(text: str, classes: Sequence[type[C]], *, what: str, example: str) -> C:
+    """One of some classes by name, with its options, such as ``uniform{interval=4}``.
+
+    Args:
+        what: what the classes are, with its article: ``a policy``.
+        example: a text that is right.
+
+    Raises:
+        PipelineSyntaxError: the text does not follow the grammar.
+        OptionError: there is no such class, or an option is unknown, repeated, missing, or has a
+            wrong value.
+    """
+    parser = _Parser(text, what=what, example=f"{what} looks like {example}")
+    name, options = parser.call()
+    if parser.at < len(text):
+        parser.fail("expected nothing more")
+    for cls in classes:
+        if cls.name == name:
+            return _build(cls, options)
+    known = ", ".join(cls.name for cls in classes)
+    raise OptionError(f"{name} is not {what}", hint=f"choose one of {known}")
 
 
 def format_pipeline(passes: Sequence[Pass]) -> str:
@@ -66,8 +91,8 @@ def _format_item(value: Any) -> str:
 _Options = list[tuple[str, list[str] | None]]
 
 
-def _build(name: str, options: _Options) -> Pass:
-    cls = find_pass(name)
+def _build(cls: type[C], options: _Options) -> C:
+    name = cls.name
     values: dict[str, Any] = {}
     for key, items in options:
         check_names(cls, [key])
@@ -94,8 +119,10 @@ _EXAMPLE = "a pipeline looks like v2drop{layers=3 keep=0.5} | fold-constants"
 class _Parser:
     """Recursive descent over one text; ``at`` is the next character."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, what: str = "a pass", example: str = _EXAMPLE) -> None:
         self.text = text
+        self.what = what
+        self.example = example
         self.at = 0
 
     def pipeline(self) -> list[tuple[str, _Options]]:
@@ -108,7 +135,7 @@ class _Parser:
 
     def call(self) -> tuple[str, _Options]:
         self.skip_space()
-        name = self.word("expected the name of a pass")
+        name = self.word(f"expected the name of {self.what}")
         self.skip_space()
         options: _Options = []
         opened = self.at
@@ -197,10 +224,11 @@ class _Parser:
             hint="write {a=1 b=2}; a comma separates the items of a list, as in {a=1,2}",
         )
 
-    def fail(self, what: str, *, hint: str = _EXAMPLE) -> NoReturn:
+    def fail(self, what: str, *, hint: str | None = None) -> NoReturn:
         """Raise, with the line in question and a caret under the character."""
         start = self.text.rfind("\n", 0, self.at) + 1
         line = self.text[start:].split("\n", 1)[0].replace("\t", " ")
         raise PipelineSyntaxError(
-            f"{what}\n  {line}\n  {' ' * (self.at - start)}^".replace("\n  \n", "\n"), hint=hint
+            f"{what}\n  {line}\n  {' ' * (self.at - start)}^".replace("\n  \n", "\n"),
+            hint=hint or self.example,
         )

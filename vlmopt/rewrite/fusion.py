@@ -33,8 +33,7 @@ def raise_attention(
     """Add to the attention logits of a layer what ``added`` makes of those towards some tokens.
 
     Attention stays as it is, and its result is corrected: with few logits changed, the others weigh
-    as much as before but for one factor. That takes the sum of exponentials of each query, for
-    which all logits are computed once more.
+    as much as before but for one factor. That takes the sum of exponentials of each query.
 
     Args:
         leaving: which tokens, bool ``[batch, tokens]``; ``slots``: the same as places, int64
@@ -56,31 +55,25 @@ def raise_attention(
         valid: Tensor,
         hides: Tensor | None,
     ) -> Tensor:
+        total = torch.ops.vlmopt.attention_logsumexp(query, key, hides, causal, scale)[..., None]
         groups = query.shape[1] // key.shape[1]
-        keys, values = (one.repeat_interleave(groups, dim=1).float() for one in (key, value))
+        keys, values = (
+            one.gather(2, slots[:, None, :, None].expand(*one.shape[:2], -1, one.shape[3]))
+            .repeat_interleave(groups, dim=1)
+            .float()
+            for one in (key, value)
+        )
         query = query.float() * (scale if scale is not None else query.shape[-1] ** -0.5)
-        shown = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device)
-        if causal:
-            shown = shown.tril(keys.shape[2] - query.shape[2])
-        shown = shown[None, None]
-        if hides is not None:
-            shown = shown & (hides if hides.dtype == torch.bool else hides > _HIDDEN)
-        logits = (query @ keys.transpose(-1, -2)).masked_fill(~shown, float("-inf"))
-        total = torch.logsumexp(logits, -1, keepdim=True)
-        total = torch.where(total > float("-inf"), total, 0.0)  # of a query that sees nothing
-
-        rows = slots[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
-        own = query @ keys.gather(2, rows).transpose(-1, -2)
-        columns = slots[:, None, None].expand(-1, shown.shape[1], shown.shape[2], -1)
-        visible = shown.expand(len(slots), -1, -1, -1).gather(3, columns)
+        own = query @ keys.transpose(-1, -2)
+        visible, seen = _shown(query.shape[2], key.shape[2], slots, causal, hides)
         among = visible & valid[:, None, None] & ~leaving[:, None, :, None]
         before = torch.where(among, own - total, 0.0)
-        extra = added(own, before.exp(), shown.sum(-1, keepdim=True), among)
+        extra = added(own, before.exp(), seen, among)
         after = before + extra
         top = after.amax(-1, keepdim=True).clamp(min=0)  # keeps exponentials within range
         share = torch.where(extra != 0, (after - top).exp() - (before - top).exp(), 0.0)
         rest = (-top).exp()
-        raised = result.float() * rest + share @ values.gather(2, rows)
+        raised = result.float() * rest + share @ values
         return (raised / (rest + share.sum(-1, keepdim=True))).to(result.dtype)
 
     readers = list(attention.users)
@@ -91,6 +84,29 @@ def raise_attention(
         result = emitter(attention).trace(corrected, *arguments, names=("raised",))
     for reader in readers:
         reader.replace_input_with(attention, result)
+
+
+def _shown(
+    queries: int, keys: int, slots: Tensor, causal: bool, hides: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Which of the keys ``slots`` each query sees, and how many of all.
+
+    Returns:
+        bool ``[batch, heads or 1, queries, slots]``, and int64 of as many dimensions, the last 1.
+    """
+    last = torch.arange(keys - queries, keys, device=slots.device)[:, None]
+    visible = slots[:, None, None] <= last
+    if not causal:
+        visible = torch.ones_like(visible)
+    if hides is None:
+        seen = last + 1 if causal else torch.full_like(last, keys)
+        return visible, seen[None, None]
+    shown = hides if hides.dtype == torch.bool else hides > _HIDDEN
+    if causal:
+        shown = shown & (torch.arange(keys, device=slots.device) <= last)
+    shown = shown.expand(len(slots), -1, queries, keys)
+    columns = slots[:, None, None].expand(-1, shown.shape[1], queries, -1)
+    return shown.gather(3, columns), shown.sum(-1, keepdim=True)
 
 
 _HIDDEN = -1e30

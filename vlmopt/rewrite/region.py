@@ -87,7 +87,16 @@ def _rewrite_sizes(
         source = before.get(node.args[0])  # type: ignore[arg-type]
         along = node.args[1] if len(node.args) > 1 else 0
         if source is not None and has_tokens(source[along]):  # type: ignore[index]
-            _rewrite_part(node, axes.special)
+            dim = source[along]  # type: ignore[index]
+            if dim != (T,) and node.target is aten.slice.Tensor and axes.place(dim) is not None:
+                _move_part(axes, node, dim, length)
+            else:
+                _rewrite_part(node, axes.special)
+        return
+    if node.target is aten.split_with_sizes.default:
+        source = before.get(node.args[0])  # type: ignore[arg-type]
+        if source is not None and has_tokens(source[_split_dim(node)]):
+            _rewrite_parts(axes, node, source[_split_dim(node)], length)
         return
     if node.target is aten.index_put.default and node in axes.dims:
         _rewrite_count(axes, emit, node, length)
@@ -133,6 +142,47 @@ def _rewrite_part(node: fx.Node, special: int) -> None:
     if args[4] is None:
         args.pop()
     node.args = tuple(args)
+
+
+def _move_part(axes: TokenAxes, node: fx.Node, dim: Any, length: int | fx.Node) -> None:
+    """A slice of an axis that tokens share with others goes on meaning tokens, or these others."""
+    place = axes.place(dim)
+    assert place is not None
+    if not isinstance(length, int):
+        raise UnsupportedOperatorError(
+            "tokens share an axis with others, and how many are left is not known",
+            node=node,
+            hint="capture with a static prompt length",
+        )
+    fewer = place[1] - place[0] - length
+    args = list(node.args) + [None] * (4 - len(node.args))
+    for at in (2, 3):
+        bound = args[at]
+        if isinstance(bound, int) and place[1] <= bound < 2**62:
+            args[at] = bound - fewer
+    node.args = tuple(args)
+
+
+def _split_dim(node: fx.Node) -> int:
+    given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return cast("int", given)
+
+
+def _rewrite_parts(axes: TokenAxes, node: fx.Node, dim: Any, length: int | fx.Node) -> None:
+    """Sizes of a split that parts tokens from others."""
+    place = axes.place(dim)
+    if place is None or not isinstance(length, int):
+        raise UnsupportedOperatorError(
+            "an axis is split that tokens share with others, and where they stand is not known",
+            node=node,
+            hint="capture with a static prompt length",
+        )
+    sizes: list[int] = []
+    start = 0
+    for size in cast("list[int]", node.args[1]):
+        sizes.append(length if (start, start + size) == place else size)
+        start += size
+    node.update_arg(1, sizes)
 
 
 def _materialise(axes: TokenAxes, emit: Emitter, dim: tuple[Any, ...], length: Any) -> Any:

@@ -203,13 +203,30 @@ def run_on_rows(
         axes: of ``start``.
         shorter: the rows ``slots`` of ``start``, int64 ``[batch, count]``.
     """
+
+    def places(along: Any) -> fx.Node:
+        place = axes.place((along,))
+        if along == T or place is None:
+            return slots
+        size = int(axes.size((along,)))
+        found: fx.Node = emit.trace(_with_others, slots, *place, size, names=("places",))
+        return found
+
     frontier = {}
     for value, dims in axes.frontier.items():
         with emit.graph.inserting_before(value.next if value > shorter else shorter.next):
-            frontier[value] = gather_tokens(
-                emit, value, dims, lambda _: slots, name=f"rows_{value.name}"
-            )
+            frontier[value] = gather_tokens(emit, value, dims, places, name=f"rows_{value.name}")
     shorten_region(axes, emit, starts={start: shorter}, length=count, frontier=frontier)
+
+
+def _with_others(slots: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """``slots`` of the tokens that stand at ``start`` to ``stop``, with all that share their axis.
+
+    Returns:
+        int64 ``[batch, others + count]``.
+    """
+    others = torch.arange(size, device=slots.device).expand(slots.shape[0], -1)
+    return torch.cat([others[:, :start], slots + start, others[:, stop:]], 1)
 
 
 def read_elsewhere(end: fx.Node, axes: TokenAxes) -> list[fx.Node]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +21,20 @@ from vlmopt.rewrite.encoded import FEATURES, PIXELS, ROWS
 RETRIEVED = (Role.RETRIEVED_QUESTION, Role.RETRIEVED_PAGE)
 
 Compile = Callable[[Stage], Callable[..., tuple[Tensor, ...]]]
+Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 class EncoderStage:
-    """The rewritten stage in place of the module's own forward pass; the projector's too."""
+    """The rewritten stage in place of the module's own forward pass; the projector's too.
 
-    def __init__(self, program: Program, compile_stage: Compile) -> None:
+    Args:
+        run: outputs by name of the encoder, from its inputs by name, where it is not enough to
+            call the stage.
+    """
+
+    def __init__(self, program: Program, compile_stage: Compile, run: Run | None = None) -> None:
         self.stage = program["vision_encoder"]
-        self._run = compile_stage(self.stage)
+        self._run = run or partial(_run_stage, self.stage, compile_stage(self.stage))
         self._project: Callable[..., tuple[Tensor, ...]] | None = None
         if "projector" in program and program["projector"].find_outputs(Role.ENCODED):
             self.projector = program["projector"]
@@ -69,7 +77,7 @@ class EncoderStage:
             precompute_export_inputs(module, inputs)
         values = dict(named_tensors(inputs))
         values |= {name: self._retrieved(name, retrieved.get(name)) for name in self.retrieved}
-        outputs = _run_stage(self.stage, self._run, values)
+        outputs = self._run(values)
         if PIXELS in self.wanted:
             outputs[PIXELS] = values[self._pixels["input"]]
         return outputs
@@ -178,6 +186,78 @@ def inputs_of(stage: Stage, values: Mapping[str, Tensor], what: str, *, hint: st
                 hint=hint,
             )
     return [values[port.name] for port in stage.inputs]
+
+
+@dataclass(kw_only=True)
+class Encoded:
+    """What a prompt has become on its way to the language model.
+
+    Attributes:
+        encoded: what the encoder stage gave, and that of the projector where it runs.
+        features: what entered the projector.
+    """
+
+    encoded: dict[str, Tensor] | None = None
+    features: Tensor | None = None
+
+    def tokens(self, stage: EncoderStage, modality: Tensor) -> dict[str, Tensor]:
+        """What the language model takes; see :meth:`EncoderStage.tokens`.
+
+        Raises:
+            PreconditionError: the encoder did not run.
+        """
+        if self.encoded is None:
+            raise PreconditionError(
+                "the vision encoder did not run before the language model",
+                hint="give pixel values, not embeddings",
+            )
+        return stage.tokens(self.encoded, self.features, modality)
+
+
+class EncoderModules:
+    """The modules of a model in whose place stages run; they give what the modules would."""
+
+    def __init__(self, encoder: nn.Module | None, projector: nn.Module | None) -> None:
+        self.encoder, self.projector = encoder, projector
+        self._encoded: OutputForm | None = None
+        self._projected: OutputForm | None = None
+
+    def encode(
+        self,
+        stage: EncoderStage,
+        prompt: Encoded,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        retrieved: Mapping[str, Tensor],
+    ) -> Any:
+        """The output of the encoder's module, by its stage."""
+        assert self.encoder is not None
+        if self._encoded is None:
+            self._encoded = OutputForm(original(*args, **kwargs))
+        prompt.encoded = stage.encode(self.encoder, bind(self.encoder, args, kwargs), retrieved)
+        return self._encoded.fill(prompt.encoded)
+
+    def project(
+        self,
+        stage: EncoderStage | None,
+        prompt: Encoded,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The output of the projector's module, by its stage where there is need for that."""
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        prompt.features = given[0] if given else None
+        if stage is None or not stage.projects:
+            return original(*args, **kwargs)
+        assert self.projector is not None
+        assert prompt.encoded is not None, "the encoder runs before the projector"
+        if self._projected is None:
+            self._projected = OutputForm(original(*args, **kwargs))
+        found = stage.project(bind(self.projector, args, kwargs))
+        prompt.encoded |= found
+        return self._projected.fill(found)
 
 
 class OutputForm:

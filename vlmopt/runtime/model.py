@@ -26,15 +26,24 @@ from vlmopt.encoding import named_tensors
 from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.lowering.experts import (
     has_skipped_rows,
+    with_kernels,
     with_shapes_of_data,
     without_skipped_rows,
 )
+from vlmopt.lowering.in_place import written_in_place
 from vlmopt.lowering.onednn import with_packed_weights
+from vlmopt.lowering.shared_attention import has_shared_attention, with_shared_attention
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
 from vlmopt.rewrite.reuse import REUSE
 from vlmopt.runtime.cache import RaggedCache
-from vlmopt.runtime.encoder import RETRIEVED, EncoderStage, OutputForm, bind, runs_encoder
+from vlmopt.runtime.encoder import (
+    RETRIEVED,
+    Encoded,
+    EncoderModules,
+    EncoderStage,
+    runs_encoder,
+)
 from vlmopt.tracing import capture, layout_of, modality_of, submodules
 
 _log = logging.getLogger("vlmopt")
@@ -66,16 +75,13 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
         PreconditionError: ``"onednn"`` has nothing to do on this device or in this dtype.
         VlmoptError: see :func:`vlmopt.capture` and :func:`~vlmopt.pipeline.manager.run_pipeline`.
     """
-    if backend not in BACKENDS:
-        raise OptionError(
-            f"there is no backend {backend!r}", hint=f"choose one of {', '.join(BACKENDS)}"
-        )
+    require_backend(backend)
     if isinstance(inputs, Mapping):
         inputs = {name: value for name, value in inputs.items() if name not in RETRIEVED}
     program = capture(model, inputs)
     report = run_pipeline(program, passes)
     _require_no_streams(program)
-    if "model" in program:
+    if {"model", "denoiser"} & program.stages.keys():
         return OptimizedModule(program, report, backend)
     engine = Engine(model, partial(run_pipeline, pipeline=passes), backend)
     engine.add(program, report, inputs)
@@ -88,8 +94,14 @@ def _require_no_streams(program: Program) -> None:
         raise PreconditionError(
             f"{facts['by']} makes an encoder for streams of frames: which of its stages runs "
             "depends on what came before, and a model's forward does not know",
-            hint="capture the model, run the pipeline on the program, and give that to "
-            "vlmopt.streaming.FrameEncoder",
+            hint="make a vlmopt.StreamingModel; or capture the encoder, run the pipeline on the "
+            "program, and give that to vlmopt.streaming.FrameEncoder",
+        )
+    if any(stage.find_inputs(Role.STREAM_MEMORY) for stage in program):
+        raise PreconditionError(
+            "a pass of this pipeline remembers from prompt to prompt, and a model's forward does "
+            "not",
+            hint="make a vlmopt.StreamingModel, or leave out carry",
         )
 
 
@@ -100,24 +112,45 @@ class OptimizedModule(nn.Module):
         super().__init__()
         self.program = program
         self.report = report
-        self._run = compile_stage(program["model"], backend)
+        self._stage = next(iter(program))
+        self._run = compile_stage(self._stage, backend)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        ports = self.program["model"].inputs
+        ports = self._stage.inputs
         named = dict(zip((port.name for port in ports), args, strict=False)) | kwargs
         results = self._run(*(named[port.name] for port in ports))
         return results[0] if len(results) == 1 else results
 
 
-def compile_stage(stage: Stage, backend: str) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A stage as a function of its inputs, in order."""
-    if backend == "eager":
-        return stage.graph_module
+def require_backend(backend: str) -> None:
+    """Raise an OptionError for a backend that there is not."""
+    if backend not in BACKENDS:
+        raise OptionError(
+            f"there is no backend {backend!r}", hint=f"choose one of {', '.join(BACKENDS)}"
+        )
+
+
+def compile_stage(
+    stage: Stage, backend: str, *, writes: Mapping[int, str] | None = None
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A stage as a function of its inputs, in order.
+
+    Args:
+        writes: outputs that are not returned but written into inputs, by their number; see
+            :func:`vlmopt.lowering.in_place.written_in_place`.
+    """
     gm = with_packed_weights(stage.graph_module) if backend == "onednn" else stage.graph_module
-    skips = has_skipped_rows(gm)
-    compiled = torch.compile(
-        without_skipped_rows(gm) if skips else gm, dynamic=stage.name == "decode"
-    )
+    skips = backend != "eager" and has_skipped_rows(gm)
+    if backend != "eager":
+        gm = with_kernels(gm)
+        if has_shared_attention(gm):
+            gm = with_shared_attention(gm)
+        gm = without_skipped_rows(gm) if skips else gm
+    if writes:
+        gm = written_in_place(gm, writes)
+    if backend == "eager":
+        return gm
+    compiled = torch.compile(gm, dynamic=stage.name == "decode")
     return with_shapes_of_data(compiled) if skips else compiled
 
 
@@ -155,7 +188,7 @@ class Specialisation:
         That is hidden states, or logits where the decoder is a language model with its head.
         """
         stage = self.prefill_stage
-        results = self._prefill(*_arguments(stage, values))
+        results = self._prefill(*arguments_of(stage, values))
         by_role: dict[Role, list[torch.Tensor]] = {
             role: [] for role in (Role.HIDDEN_STATES, Role.LOGITS, Role.KEY, Role.VALUE)
         }
@@ -182,7 +215,7 @@ class Specialisation:
             for port in stage.inputs
             if port.role in _FIELDS and port.layer is not None
         }
-        results = self._decode(*_arguments(stage, {**values, **past, **cache.kept}))
+        results = self._decode(*arguments_of(stage, {**values, **past, **cache.kept}))
         logits: torch.Tensor | None = None
         for port, value in zip(stage.outputs, results, strict=True):
             if port.role in _FIELDS and port.layer is not None:
@@ -197,7 +230,12 @@ class Specialisation:
 _FIELDS = {Role.KEY: "keys", Role.VALUE: "values"}
 
 
-def _arguments(stage: Stage, values: Mapping[str, Any]) -> list[torch.Tensor]:
+def arguments_of(stage: Stage, values: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The inputs of a stage in order, by the names of its ports.
+
+    Raises:
+        PreconditionError: some are not there.
+    """
     missing = [port.name for port in stage.inputs if values.get(port.name) is None]
     if missing:
         raise PreconditionError(
@@ -208,22 +246,18 @@ def _arguments(stage: Stage, values: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 @dataclass
-class _Prompt:
+class _Prompt(Encoded):
     """A prompt between the model's forward and its decoder's.
 
     Attributes:
         ids, modality: int64 ``[batch, tokens]``.
         specialisation: the graphs for it, ``None`` when it runs as in the original model.
-        encoded: what the encoder stage gave, and that of the projector where it runs.
-        features: what entered the projector.
         retrieved: embeddings of a retriever.
     """
 
     ids: torch.Tensor
     modality: torch.Tensor
     specialisation: Specialisation | None
-    encoded: dict[str, torch.Tensor] | None = None
-    features: torch.Tensor | None = None
     retrieved: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -255,22 +289,14 @@ class Engine:
         self._running = threading.local()
         parts = submodules(model)
         self._text_model = not parts  # its language model is all of it
-        self._encoder, self._projector = parts.get("vision_encoder"), parts.get("projector")
-        self._form: OutputForm | None = None
-        self._projected: OutputForm | None = None
-        self.twin, copies = _twin(model, [model.get_decoder(), self._encoder, self._projector])
+        self._modules = EncoderModules(parts.get("vision_encoder"), parts.get("projector"))
+        replaced = {
+            model.get_decoder(): self._decoder_forward,
+            self._modules.encoder: self._encoder_forward,
+            self._modules.projector: self._projector_forward,
+        }
+        self.twin = twin_of(model, self._forward, replaced)
         self.twin.vlmopt = self
-        # generate() reads the signatures
-        self.twin.forward = update_wrapper(partial(self._forward), model.forward)
-        for original, replaced in (
-            (model.get_decoder(), self._decoder_forward),
-            (self._encoder, self._encoder_forward),
-            (self._projector, self._projector_forward),
-        ):
-            if original is not None:
-                copies[original].forward = update_wrapper(
-                    partial(replaced, original.forward), original.forward
-                )
         # encoded beforehand, images would not be there for the prompt that they belong to
         self.twin._supports_mm_encoder_outputs = lambda: (
             bool(self.specialisations) and not self._sized and model._supports_mm_encoder_outputs()
@@ -278,7 +304,6 @@ class Engine:
         self.twin._validate_model_kwargs = lambda given: model._validate_model_kwargs(
             {name: value for name, value in given.items() if name not in self._retrieved}
         )
-        self.twin._apply = self.twin.__deepcopy__ = _refuse_to_move
         self.twin.train = self._train
 
     @property
@@ -423,30 +448,14 @@ class Engine:
         stage = prompt.specialisation.encoder
         if stage is None:
             return original(*args, **kwargs)
-        assert self._encoder is not None
-        if self._form is None:
-            self._form = OutputForm(original(*args, **kwargs))
-        prompt.encoded = stage.encode(
-            self._encoder, bind(self._encoder, args, kwargs), prompt.retrieved
-        )
-        return self._form.fill(prompt.encoded)
+        return self._modules.encode(stage, prompt, original, args, kwargs, prompt.retrieved)
 
     def _projector_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prompt: _Prompt | None = getattr(self._running, "prompt", None)
         if prompt is None:
             return original(*args, **kwargs)
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        prompt.features = given[0] if given else None
         stage = prompt.specialisation.encoder if prompt.specialisation else None
-        if stage is None or not stage.projects:
-            return original(*args, **kwargs)
-        assert self._projector is not None
-        assert prompt.encoded is not None, "the encoder runs before the projector"
-        if self._projected is None:
-            self._projected = OutputForm(original(*args, **kwargs))
-        found = stage.project(bind(self._projector, args, kwargs))
-        prompt.encoded |= found
-        return self._projected.fill(found)
+        return self._modules.project(stage, prompt, original, args, kwargs)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -477,15 +486,10 @@ class Engine:
         values: dict[str, Any] = dict(named_tensors(kwargs)) | {"modality": modality}
         values.setdefault("input_ids", prompt.ids)
         if specialisation.encoder is not None:
-            if prompt.encoded is None:
-                raise PreconditionError(
-                    "the vision encoder did not run before the language model",
-                    hint="give pixel values, not embeddings",
-                )
-            values |= specialisation.encoder.tokens(prompt.encoded, prompt.features, modality)
+            values |= prompt.tokens(specialisation.encoder, modality)
         if "attention_mask" not in values:
             values["attention_mask"] = (modality != Modality.PADDING).long()
-        values["position_ids"] = _positions(
+        values["position_ids"] = positions_for(
             specialisation.prefill_stage, values.get("position_ids"), modality
         )
         result, cache = specialisation.prefill(values)
@@ -513,7 +517,7 @@ def _refuse_to_move(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _positions(
+def positions_for(
     stage: Stage, positions: torch.Tensor | None, modality: torch.Tensor
 ) -> torch.Tensor:
     """Positions as the graph takes them, where a direct call of ``forward`` leaves some out.
@@ -544,21 +548,34 @@ def _generate_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _twin(model: Any, inner: list[nn.Module | None]) -> tuple[Any, dict[nn.Module, nn.Module]]:
-    """Shallow copies of ``model`` and, in their places within it, of ``inner``.
+def twin_of(
+    model: Any, forward: Callable[..., Any], inner: Mapping[nn.Module | None, Callable[..., Any]]
+) -> Any:
+    """A shallow copy of ``model`` that shares its weights, and runs otherwise.
 
-    The modules around it are copied too, so that the originals stay as they are; everything else,
-    weights included, is shared.
+    The modules around ``inner`` are copied too, so that the originals stay as they are. Signatures
+    stay, which ``generate()`` reads.
+
+    Args:
+        forward: in place of the model's.
+        inner: by module within it, what runs in place of its forward; gets that first. ``None``
+            stands for one that the model does not have.
     """
     paths = {module: name for name, module in model.named_modules()}
     copies: dict[nn.Module, Any] = {model: copy.copy(model)}
-    for wanted in inner:
-        if wanted is None:
-            continue
+    present = {module: run for module, run in inner.items() if module is not None}
+    for wanted in present:
         module = model
         for name in paths[wanted].split("."):
             parent, module = copies[module], module._modules[name]
             if module not in copies:
                 copies[module] = copy.copy(module)
                 parent._modules = {**parent._modules, name: copies[module]}
-    return copies[model], copies
+    twin = copies[model]
+    twin.forward = update_wrapper(partial(forward), model.forward)
+    for original, replaced in present.items():
+        copies[original].forward = update_wrapper(
+            partial(replaced, original.forward), original.forward
+        )
+    twin._apply = twin.__deepcopy__ = _refuse_to_move
+    return twin

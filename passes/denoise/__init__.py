@@ -1,0 +1,1 @@
+"""Diffusion transformers: steps of the denoising loop that reuse what earlier steps computed."""
