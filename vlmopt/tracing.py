@@ -136,7 +136,7 @@ def _capture_generative(model: Any, inputs: dict[str, Any], mode: FakeTensorMode
                 kwargs = _with_full_cache(kwargs, stages.get("language_model"), mode)
             elif name == "lm_head":  # one row is all that generation needs
                 kwargs = {key: value[:, -1:] for key, value in kwargs.items()}
-            stages[name], given = _export_stage(name, module, kwargs)
+            stages[name], given = export_stage(name, module, kwargs)
             if name == "vision_encoder" and encoding is not None:
                 _keep_read_outputs(stages[name], encoding)
                 facts_of = describe_encoding(stages[name], given, encoding)
@@ -372,7 +372,7 @@ def _with_full_cache(
 _GENERATED = 5
 
 
-def _export_stage(
+def export_stage(
     name: str, module: nn.Module, kwargs: dict[str, Any]
 ) -> tuple[Stage, dict[str, Any]]:
     """The stage, and the inputs it was traced with: some are computed from those of the module."""

@@ -224,7 +224,7 @@ def tower_inputs(inputs: Mapping[str, Tensor], pixels: Tensor) -> dict[str, Tens
 
 def captured_tower(tower: Any, inputs: dict[str, Tensor]) -> Program:
     """The vision encoder of a model alone, captured as within the model."""
-    stage, _ = tracing._export_stage("vision_encoder", tower, inputs)
+    stage, _ = tracing.export_stage("vision_encoder", tower, inputs)
     return Program({"vision_encoder": stage}, model_type="tower")
 
 
