@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import vlmopt
-from vlmopt.program import Stage
-from vlmopt.rewrite.drafted import verify_stage
+from vlmopt.program import Role, Stage
+from vlmopt.rewrite.drafted import drafted_stage
 from vlmopt.runtime.buffered import BufferedStage
 from vlmopt.runtime.draft_cache import DraftCache
 from vlmopt.speculative import tree
@@ -41,7 +41,7 @@ def captured(language_model: Any, batch: int, places: int = PLACES) -> Stage:
 
 @functools.cache
 def target(kind: str = "llama", batch: int = 1) -> BufferedStage:
-    return BufferedStage(verify_stage(captured(model(kind), batch), CAPACITY), "eager")
+    return BufferedStage(drafted_stage(captured(model(kind), batch), CAPACITY, "verify"), "eager")
 
 
 def ids(count: int, seed: int, batch: int = 1) -> Tensor:
@@ -50,8 +50,8 @@ def ids(count: int, seed: int, batch: int = 1) -> Tensor:
 
 
 def read(cache: DraftCache, stage: BufferedStage, tokens: Tensor, block: Block) -> Tensor:
-    hidden = cache.read(stage, {"input_ids": block.fill(tokens)}, block)
-    return hidden[:, : block.size]
+    (port,) = stage.stage.find_outputs(Role.HIDDEN_STATES)
+    return cache.run(stage, {"input_ids": block.fill(tokens)}, block)[port.name][:, : block.size]
 
 
 def read_text(cache: DraftCache, stage: BufferedStage, tokens: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def read_text(cache: DraftCache, stage: BufferedStage, tokens: Tensor) -> Tensor
     for part in tokens.split(PLACES, 1):
         block = block_of(tree.chain(part.shape[1]), PLACES)
         found.append(read(cache, stage, part, block))
-        cache.commit(block, torch.arange(part.shape[1]))
+        cache.commit(range(part.shape[1]))
     return torch.cat(found, 1)
 
 

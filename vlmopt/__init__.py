@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlmopt.program import Program, Role
     from vlmopt.runtime.model import optimize
     from vlmopt.runtime.stream import StreamingModel, StreamSession
+    from vlmopt.speculative.session import SpeculativeSession
     from vlmopt.storage import load
     from vlmopt.tracing import capture
 
@@ -22,6 +23,7 @@ _WHERE = {
     "DenoiseSession": "vlmopt.denoising.session",
     "Program": "vlmopt.program",
     "Role": "vlmopt.program",
+    "SpeculativeSession": "vlmopt.speculative.session",
     "StreamSession": "vlmopt.runtime.stream",
     "StreamingModel": "vlmopt.runtime.stream",
     "annotate": "vlmopt.annotation",
@@ -36,6 +38,7 @@ __all__ = [
     "DenoiseSession",
     "Program",
     "Role",
+    "SpeculativeSession",
     "StreamSession",
     "StreamingModel",
     "annotate",

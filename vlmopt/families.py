@@ -17,6 +17,7 @@ INPUT_ROLES: dict[str, Role] = {
     "pixel_values": Role.PIXEL_VALUES,
     "pixel_values_videos": Role.PIXEL_VALUES,
     "hidden_states": Role.HIDDEN_STATES,
+    "features": Role.FEATURES,
 }
 """Keyword argument of a captured module -> role of the port it becomes."""
 

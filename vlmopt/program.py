@@ -63,9 +63,12 @@ class Role(StrEnum):
     """int64 ``[tokens]``: rows of the buffers of keys and values that a stage writes."""
     FILLED = "filled"
     """bool ``[rows]``: rows of those buffers that hold tokens seen before."""
-    TREE_MASK = "tree_mask"
-    """bool ``[tokens, tokens]``, queries first: what the tokens of a block may attend to of one
-    another, in place of all before."""
+    VISIBLE = "visible"
+    """bool ``[batch, 1, tokens, rows]``, queries first: rows of those buffers that tokens attend
+    to."""
+    FEATURES = "features"
+    """``[batch, tokens, width]``: hidden states of a target before its head, of the tokens before
+    those that a drafter reads."""
     TIMESTEP = "timestep"
     """Noise level of a denoising step; an input of a stage called ``denoiser``."""
     BRANCH = "branch"

@@ -53,7 +53,7 @@ def test_as_plain_generation(how: dict[str, Any]) -> None:
 def test_guidance() -> None:
     condition, without = torch.tensor([[[1.0, 0.0, 2.0]]]), torch.tensor([[[0.5, 1.0, 2.0]]])
     how = Sampling(guidance=3.0)
-    found = how.distribution(torch.cat([condition, without]).bfloat16())
+    found = how.distribution(how.guided(torch.cat([condition, without]).bfloat16()))
     torch.testing.assert_close(found, torch.tensor([[[2.0, -2.0, 2.0]]]).softmax(-1))
     assert found.dtype == torch.float32
 

@@ -25,11 +25,11 @@ from tests.drafts import (
 )
 from vlmopt.errors import PreconditionError, StreamFullError
 from vlmopt.program import Role
-from vlmopt.rewrite.drafted import verify_stage
+from vlmopt.rewrite.drafted import drafted_stage
 from vlmopt.runtime.buffered import BufferedStage
 from vlmopt.runtime.draft_cache import DraftCache
 from vlmopt.speculative import tree
-from vlmopt.speculative.block import block_of
+from vlmopt.speculative.block import Block, block_of
 
 
 def require_paths(
@@ -96,7 +96,7 @@ def test_what_stays_is_what_plain_decoding_leaves(batch: int) -> None:
         hidden = read(cache, stage, tokens, block)
         said = torch.cat([said, tokens[:, :pending]], 1)
         require_paths(model(), said, tokens[:, pending:], nodes, hidden[:, pending:])
-        cache.commit(block, torch.tensor(path))
+        cache.commit([*range(pending), *(node + pending for node in path)])
         said = torch.cat([said, tokens[:, pending:][:, path]], 1)
     assert cache.length == said.shape[1]
     past = plain(model(), said).past_key_values
@@ -118,12 +118,12 @@ def test_tokens_that_waited_are_read_as_text() -> None:
 
 def test_blocks_of_another_size() -> None:
     """Two stages on the same buffers: rows that were refused are hidden from both."""
-    few = BufferedStage(verify_stage(captured(model(), 1, 2), CAPACITY, "few"), "eager")
+    few = BufferedStage(drafted_stage(captured(model(), 1, 2), CAPACITY, "few"), "eager")
     said, draft, nodes = ids(3, 1), ids(7, 2), torch.tensor(BRANCHING)
     cache, block = DraftCache(few.stage), block_of(nodes, PLACES)
     read_text(cache, target(), said)
     read(cache, target(), draft, block)
-    cache.commit(block, torch.tensor([0]))
+    cache.commit([0])
     more, pair = ids(2, 3), block_of(tree.chain(2), 2)
     hidden = read(cache, few, more, pair)
     alone = plain(model(), torch.cat([said, draft[:, :1], more], 1))
@@ -142,7 +142,7 @@ def test_all_drafts_run_in_one_compiled_graph() -> None:
         for pending, parents in ((0, BRANCHING), (2, BRANCHING), (0, [-1]), (3, [-1, 0, 0])):
             block = block_of(torch.tensor(parents), PLACES, pending=pending)
             found.append(read(cache, runs, ids(block.size, len(found)), block))
-            cache.commit(block, torch.tensor([0]))
+            cache.commit(range(pending + 1))
         results.append(found + cache.tensors(Role.KEY))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
@@ -154,15 +154,17 @@ def test_the_language_model_of_a_vlm(name: str) -> None:
     """It takes embeddings, and a mask for padding; positions of some are threefold."""
     whole = zoo.build(name, layers=2)
     text, draft = ids(5, 8) + 8, ids(7, 9) + 8
-    stage = BufferedStage(verify_stage(captured(whole, 1), CAPACITY), "eager")
+    stage = BufferedStage(drafted_stage(captured(whole, 1), CAPACITY, "verify"), "eager")
     cache, nodes = DraftCache(stage.stage), torch.tensor(BRANCHING)
     with torch.no_grad():
         for tokens, parents in ((text, tree.chain(5)), (draft, nodes)):
             block = block_of(parents, PLACES)
             embeds = whole.get_input_embeddings()(block.fill(tokens))
-            hidden = cache.read(stage, {"inputs_embeds": embeds}, block)[:, : block.size]
+            results = cache.run(stage, {"inputs_embeds": embeds}, block)
+            (port,) = stage.stage.find_outputs(Role.HIDDEN_STATES)
+            hidden = results[port.name][:, : block.size]
             if parents is not nodes:
-                cache.commit(block, torch.arange(5))
+                cache.commit(range(5))
         for row in tree.paths(nodes):
             path = row[row >= 0]
             line = torch.cat([text, draft[:, path]], 1)
@@ -182,25 +184,75 @@ def test_full_buffers() -> None:
 
 def test_what_is_no_path() -> None:
     cache, block = DraftCache(target().stage), block_of(torch.tensor(BRANCHING), PLACES)
-    with pytest.raises(PreconditionError, match="no block"):
-        cache.commit(block, torch.tensor([0]))
+    with pytest.raises(PreconditionError, match="do not follow"):
+        cache.commit([0])
     read(cache, target(), ids(7, 1), block)
     for nodes in ([0, 2, 4], [1, 3], [0, 1, 2], [0, 3]):
-        with pytest.raises(PreconditionError, match="no path from the root"):
-            cache.commit(block, torch.tensor(nodes))
-    cache.commit(block, torch.tensor([0, 1, 4]))
+        with pytest.raises(PreconditionError, match="do not follow one another"):
+            cache.commit(nodes)
+    cache.commit([0, 1, 4])
     assert cache.length == 3
+
+
+def test_drafts_read_level_by_level() -> None:
+    """As a drafter writes them: a level sees what it descends from in those above."""
+    text, draft, nodes = ids(5, 1), ids(7, 2), torch.tensor([-1, 0, 0, 1, 1, 2, 2])
+    cache = DraftCache(target().stage)
+    read_text(cache, target(), text)
+    seen, found = tree.tree_mask(nodes), []
+    for depth, level in enumerate(([0], [1, 2], [3, 4, 5, 6])):
+        mask = torch.zeros(PLACES, level[0] + PLACES, dtype=torch.bool)
+        mask[:, level[0] :] = torch.eye(PLACES, dtype=torch.bool)
+        mask[: len(level), : level[0]] = seen[level, : level[0]]
+        block = Block(mask, torch.full((PLACES,), depth), len(level))
+        found.append(read(cache, target(), draft[:, level], block))
+    require_paths(model(), text, draft, nodes, torch.cat(found, 1))
+    cache.commit([])
+    assert cache.length == 5
+    require_paths(
+        model(), text, ids(7, 3), nodes, read(cache, target(), ids(7, 3), block_of(nodes, PLACES))
+    )
+
+
+def test_branches_of_unequal_length() -> None:
+    """Padded on the left, of which no one sees anything; then a draft."""
+    text, draft, nodes = ids(13, 1, 2), ids(7, 2, 2), torch.tensor(BRANCHING)
+    present = torch.ones(2, 13, dtype=torch.bool)
+    present[1, :4] = False
+    stage = target(batch=2)
+    cache = DraftCache(stage.stage)
+    for start in (0, PLACES):
+        part, some = text[:, start : start + PLACES], present[:, start : start + PLACES]
+        block = block_of(tree.chain(part.shape[1]), PLACES)
+        cache.run(stage, {"input_ids": block.fill(part)}, block, some)
+        cache.commit(range(block.size), some)
+    hidden = read(cache, stage, draft, block_of(nodes, PLACES))
+    require_paths(model(), text[:1], draft[:1], nodes, hidden[:1])
+    require_paths(model(), text[1:, 4:], draft[1:], nodes, hidden[1:])
+
+
+def test_what_the_model_itself_has_read() -> None:
+    text, draft, nodes = ids(11, 1), ids(7, 2), torch.tensor(BRANCHING)
+    layers = plain(model(), text).past_key_values.layers
+    cache, everything = DraftCache(target().stage), torch.ones(1, 11, dtype=torch.bool)
+    past = [(layer.keys, layer.values) for layer in layers]
+    cache.load(past, everything, torch.tensor([11]))
+    require_paths(
+        model(), text, draft, nodes, read(cache, target(), draft, block_of(nodes, PLACES))
+    )
+    with pytest.raises(PreconditionError, match="behind 11 that are held"):
+        cache.load(past, everything, torch.tensor([11]))
 
 
 def test_blocks_that_do_not_fit() -> None:
     with pytest.raises(PreconditionError, match="do not fit in 9 places"):
         block_of(tree.full((2, 2)), PLACES, pending=3)
     with pytest.raises(PreconditionError, match="do not fit in buffers of 8 rows"):
-        verify_stage(captured(model(), 1), 8)
+        drafted_stage(captured(model(), 1), 8, "verify")
 
 
 def test_models_that_look_at_windows() -> None:
     """Of four tokens, in blocks of nine."""
     windows = model("mistral", sliding_window=4)
     with pytest.raises(PreconditionError, match="hides other tokens than later ones"):
-        verify_stage(captured(windows, 1), CAPACITY)
+        drafted_stage(captured(windows, 1), CAPACITY, "verify")

@@ -37,7 +37,9 @@ _SAME_ROWS = {
 that shares them."""
 
 
-def keep_in_buffers(stage: Stage, groups: Sequence[int], capacities: Sequence[int]) -> None:
+def keep_in_buffers(
+    stage: Stage, groups: Sequence[int], capacities: Sequence[int], *, masks_given: bool = False
+) -> None:
     """Let each layer attend to what its buffers hold, and give them back with its own rows.
 
     The stage gets the inputs ``slots_<group>``, int64 ``[tokens]``, rows of the buffers that it
@@ -49,6 +51,9 @@ def keep_in_buffers(stage: Stage, groups: Sequence[int], capacities: Sequence[in
         stage: a prefill stage, changed in place.
         groups: of each layer; layers that hold the same tokens form a group.
         capacities: rows of the buffers of each group.
+        masks_given: attention sees what ``visible_<group>`` says, bool ``[batch, 1, tokens,
+            capacity]``, an input in place of ``filled_<group>``; what the model hid of the tokens
+            from one another is left out.
 
     Raises:
         PreconditionError: attention of a layer does not read the keys that it gives back.
@@ -72,8 +77,10 @@ def keep_in_buffers(stage: Stage, groups: Sequence[int], capacities: Sequence[in
         nodes = stage.output_node(key_port), stage.output_node(value_port)
         attention = _attention_on(stage, *nodes)
         if group not in ports:
-            ports[group] = _group_inputs(stage, group, nodes[0], capacities[group])
-        slots, filled = ports[group]
+            ports[group] = _group_inputs(
+                stage, group, nodes[0], capacities[group], masks_given=masks_given
+            )
+        slots, rows_seen = ports[group]
         shares = _shares_heads(attention, *nodes)
         for role, port, node in zip(_PAST, (key_port, value_port), nodes, strict=True):
             shape = [*node.meta["val"].shape]
@@ -86,14 +93,15 @@ def keep_in_buffers(stage: Stage, groups: Sequence[int], capacities: Sequence[in
                 results[port.name] = emit.trace(_written, past, slots, node, names=(f"{role}s",))
         mask = attention_mask(attention)
         causal = is_causal(attention)
-        seen = masks.get((group, mask if isinstance(mask, fx.Node) else causal))
+        key = (group, mask if isinstance(mask, fx.Node) else causal)
+        seen = rows_seen if masks_given else masks.get(key)
         if seen is None:
             with stage.graph.inserting_before(attention):
                 seen = emit.trace(
-                    _visible, filled, slots, mask, nodes[0].meta["val"].shape[2], causal,
+                    _visible, rows_seen, slots, mask, nodes[0].meta["val"].shape[2], causal,
                     names=("visible",),
                 )  # fmt: skip
-            masks[group, mask if isinstance(mask, fx.Node) else causal] = seen
+            masks[key] = seen
         new = (results[port.name] for port in (key_port, value_port))
         attention.args = (attention.args[0], *new, *attention.args[3:])
         replace_mask(attention, seen)
@@ -115,11 +123,16 @@ def keep_in_buffers(stage: Stage, groups: Sequence[int], capacities: Sequence[in
 _PAST = (Role.KEY, Role.VALUE)
 
 
-def _group_inputs(stage: Stage, group: int, key: fx.Node, capacity: int) -> tuple[fx.Node, fx.Node]:
-    tokens = key.meta["val"].shape[2]
+def _group_inputs(
+    stage: Stage, group: int, key: fx.Node, capacity: int, *, masks_given: bool
+) -> tuple[fx.Node, fx.Node]:
+    batch, _, tokens, _ = key.meta["val"].shape
     slots = stage.add_input(Port(f"slots_{group}", Role.SLOTS), tokens, dtype=torch.int64)
-    filled = stage.add_input(Port(f"filled_{group}", Role.FILLED), capacity, dtype=torch.bool)
-    return slots, filled
+    if masks_given:
+        port, shape = Port(f"visible_{group}", Role.VISIBLE), [batch, 1, tokens, capacity]
+    else:
+        port, shape = Port(f"filled_{group}", Role.FILLED), [capacity]
+    return slots, stage.add_input(port, *shape, dtype=torch.bool)
 
 
 def _attention_on(stage: Stage, key: fx.Node, value: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""A stage that reads drafts: trees of tokens behind what its buffers hold, all paths at once."""
+"""Stages that read and write drafts: trees of tokens behind what their buffers hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from vlmopt.errors import PreconditionError
-from vlmopt.graph.attention import attention_mask, is_causal, replace_mask
+from vlmopt.graph.attention import attention_mask, is_causal
 from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.graph.reach import is_weight
 from vlmopt.program import Port, Role, Stage
@@ -17,34 +17,28 @@ from vlmopt.rewrite.tokens import remove_unused
 
 aten = torch.ops.aten
 
-TREE_MASK = "tree_mask"
-"""Name of the input that says what the tokens of a draft may attend to of one another."""
 
+def drafted_stage(stage: Stage, capacity: int, name: str) -> Stage:
+    """A stage that reads as many tokens as ``stage`` does, of which each has its own past.
 
-def verify_stage(prefill: Stage, capacity: int, name: str = "verify") -> Stage:
-    """A stage that reads as many tokens as ``prefill`` does, of which each has its own past.
-
-    Its inputs are those of ``prefill`` but for the attention mask, with ``position_ids`` as the
-    caller says; :data:`TREE_MASK`, bool ``[tokens, tokens]``; and those of
-    :func:`~vlmopt.rewrite.buffers.keep_in_buffers`, with one group, 0. Hidden states before the
-    head are among its outputs.
-
-    Every token sees all rows that are filled. The layers of the model must do so too, however far
-    back they lie: see :func:`vlmopt.families.attention_kinds`.
+    Its inputs are those of ``stage`` but for the attention mask, with ``position_ids`` as the
+    caller says, and those of :func:`~vlmopt.rewrite.buffers.keep_in_buffers` with given masks and
+    one group, 0. Hidden states before the head are among its outputs.
 
     Args:
-        prefill: a prefill stage of prompts without padding; it is not changed.
+        stage: a prefill stage of prompts without padding; it is not changed.
         capacity: rows of the buffers.
+        name: of the new stage.
 
     Raises:
-        PreconditionError: attention of ``prefill`` is not causal, the stage takes no positions, its
-            hidden states cannot be told, or ``capacity`` is less than the tokens that it reads.
+        PreconditionError: attention of ``stage`` is not causal, it takes no positions, its hidden
+            states cannot be told, or ``capacity`` is less than the tokens that it reads.
     """
-    stage = replace(prefill.clone(), name=name)
+    stage = replace(stage.clone(), name=name)
     tokens = int(stage.facts["tokens"])
     if not stage.find_inputs(Role.POSITION_IDS):
         raise PreconditionError(
-            f"stage {prefill.name} takes no position_ids, and siblings of a tree share a position",
+            "the model takes no position_ids, and siblings of a tree share a position",
             hint="choose a model with rotary positions",
         )
     if capacity < tokens:
@@ -56,11 +50,8 @@ def verify_stage(prefill: Stage, capacity: int, name: str = "verify") -> Stage:
         hidden = _before_head(stage)
         stage.add_output(Port("hidden_states", Role.HIDDEN_STATES), hidden)
     _require_causal(stage)
-    mask = stage.add_input(Port(TREE_MASK, Role.TREE_MASK), tokens, tokens, dtype=torch.bool)
-    for attention in _attentions(stage):
-        replace_mask(attention, mask)
     layers = len(stage.find_outputs(Role.KEY))
-    keep_in_buffers(stage, [0] * layers, [capacity])
+    keep_in_buffers(stage, [0] * layers, [capacity], masks_given=True)
     for port in stage.inputs:
         node = stage.placeholder(port)
         if not node.users:

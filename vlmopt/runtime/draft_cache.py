@@ -1,4 +1,4 @@
-"""Keys and values of a target model: rows of buffers that a sequence holds, and rows that are free.
+"""Keys and values of a sequence whose end is a draft: rows of buffers that are held, and free ones.
 
 A draft is written into free rows, and those of the path that is accepted stay. No row moves: where
 in a buffer a token lies makes no difference to attention.
@@ -6,7 +6,7 @@ in a buffer a token lies makes no difference to attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,101 +18,156 @@ from vlmopt.speculative.block import Block
 
 
 class DraftCache:
-    """What a target has seen of one sequence; a batch holds branches of it, such as guidance.
+    """What a model has seen of one sequence; a batch holds branches of it, such as guidance.
 
-    Stages for blocks of other sizes may use it in turn, if their buffers have as many rows.
+    Branches differ in what they begin with, and in its length: it is padded on the left to one.
+    Stages for blocks of other sizes may use a cache in turn, if their buffers have as many rows.
 
     Args:
-        stage: one of those that will use it; see :func:`~vlmopt.rewrite.drafted.verify_stage`.
+        stage: one of those that will use it; see :func:`~vlmopt.rewrite.drafted.drafted_stage`.
 
     Attributes:
-        length: tokens seen and kept.
+        length: tokens seen and kept, padding among them.
     """
 
     def __init__(self, stage: Stage) -> None:
         self._state = empty_state(stage)
-        self._filled = self._state["filled_0"]
-        # position of the token in each row, -1 where it is free
-        self._places = torch.full(self._filled.shape, -1)
-        self._written: Tensor | None = None
-        self._offsets = torch.empty(0, dtype=torch.int64)
-        self.length = 0
+        batch, _, _, capacity = (
+            stage.placeholder(stage.find_inputs(Role.VISIBLE)[0]).meta["val"].shape
+        )
+        device = next(iter(self._state.values())).device
+        self._kept: list[int] = []  # rows, in the order of their tokens
+        self._free = list(range(capacity))
+        # rows that blocks have written since the last commit, and where their tokens stand
+        self._open: list[int] = []
+        self._offsets: list[int] = []
+        self._mask = torch.empty(0, 0, dtype=torch.bool)  # of the last block
+        self._seen = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)
+        # of the token behind the last one that is kept; apart on every branch
+        self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
-    def read(self, stage: BufferedStage, tokens: Mapping[str, Tensor], block: Block) -> Tensor:
-        """Hidden states of a block, ``[batch, places, width]``; :meth:`commit` says what stays.
+    @property
+    def length(self) -> int:
+        return len(self._kept)
+
+    def load(
+        self, past: Sequence[tuple[Tensor, Tensor]], present: Tensor, position: Tensor
+    ) -> None:
+        """Begin with what another stage, or the model itself, has seen.
 
         Args:
-            stage: the target, for so many places.
-            tokens: ``input_ids`` or ``inputs_embeds``, ``[batch, places, ...]``.
+            past: keys and values of each layer, ``[batch, heads, tokens, width]``.
+            present: bool ``[batch, tokens]``, ``False`` for padding.
+            position: int64 ``[batch]``, of the next token.
+
+        Raises:
+            PreconditionError: the cache holds something, or fewer rows than there are tokens.
+        """
+        tokens = present.shape[1]
+        if self._kept or tokens > len(self._free):
+            raise PreconditionError(
+                f"{tokens} tokens cannot be put into {len(self._free)} free rows, behind "
+                f"{len(self._kept)} that are held",
+                hint="begin a new sequence, with larger buffers",
+            )
+        rows = slice(0, tokens)
+        for layer, (key, value) in enumerate(past):
+            self._state[f"past_key_{layer}"][:, :, rows] = key
+            self._state[f"past_value_{layer}"][:, :, rows] = value
+        self._seen[:, 0, 0, rows] = present
+        self._kept, self._free = self._free[:tokens], self._free[tokens:]
+        self._position[:, 0] = position
+
+    def run(
+        self,
+        stage: BufferedStage,
+        tokens: Mapping[str, Tensor],
+        block: Block,
+        present: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """All outputs of a stage for a block, by name; :meth:`commit` says what of it stays.
+
+        Args:
+            stage: the model, for so many places.
+            tokens: ``input_ids`` or ``inputs_embeds``, and others, ``[batch, places, ...]``.
+            block: its mask has columns for the blocks that were read since the last commit, too.
+            present: bool ``[batch, size]``; ``False`` for padding, which no one sees.
 
         Raises:
             StreamFullError: the buffers hold fewer free rows.
         """
-        results = self.run(stage, tokens, block)
-        (port,) = stage.stage.find_outputs(Role.HIDDEN_STATES)
-        return results[port.name]
-
-    def run(
-        self, stage: BufferedStage, tokens: Mapping[str, Tensor], block: Block
-    ) -> dict[str, Tensor]:
-        """All outputs of the stage by name; see :meth:`read`."""
         places = len(block.mask)
-        free = (self._places < 0).nonzero()[:places, 0]
-        if len(free) < places:
+        if len(self._free) < places:
             raise StreamFullError(
                 f"a block of {places} tokens needs as many free rows of the buffers, and of "
-                f"{len(self._places)} rows {self.length} are taken",
+                f"{self._seen.shape[-1]} rows {len(self._kept) + len(self._open)} are taken",
                 hint="larger buffers, or a shorter sequence",
             )
+        rows = self._free[:places]
+        slots = torch.tensor(rows, device=self._seen.device)
+        written = torch.tensor(self._open + rows, device=self._seen.device)
+        visible = self._seen.repeat(1, 1, places, 1)
+        visible[..., written] = block.mask.to(self._seen.device)
+        position = self._position
+        if present is not None:
+            visible[..., slots[: block.size]] &= present[:, None, None]
+            visible[..., range(block.size), rows[: block.size]] = True  # itself, or there is none
+            position = position - (~present).sum(1, keepdim=True)
         (port,) = stage.stage.find_inputs(Role.POSITION_IDS)
-        val = stage.stage.placeholder(port).meta["val"]
-        device = self._filled.device
-        given = {
-            **tokens,
-            **self._state,
-            "slots_0": free.to(device),
-            "tree_mask": block.mask.to(device),
-            port.name: (block.offsets + self.length).to(device).expand(val.shape),
-        }
-        results = stage(given)
-        self._written, self._offsets = free, block.offsets.cpu()
+        shape = stage.stage.placeholder(port).meta["val"].shape
+        found = (position + block.offsets.to(position.device)).clamp(min=0).expand(shape)
+        state = {"slots_0": slots, "visible_0": visible, port.name: found}
+        results = stage({**tokens, **self._state, **state})
+        self._mask = block.mask[: block.size]
+        self._open += rows[: block.size]
+        self._offsets += block.offsets[: block.size].tolist()
+        # rows of fillers are written, and free
+        self._free = self._free[block.size :]
         return results
 
-    def commit(self, block: Block, nodes: Tensor) -> None:
-        """Keep the tokens that waited, and a path of the draft; the others' rows are free again.
+    def commit(self, nodes: Sequence[int], present: Tensor | None = None) -> None:
+        """Keep some of the tokens read since the last time; the others' rows are free again.
 
         Args:
-            block: what was read last.
-            nodes: int64 ``[kept]``, nodes of its tree from the root down; see
-                :class:`~vlmopt.speculative.acceptance.Accepted`.
+            nodes: of the tokens of the blocks, in the order of their places; a path that begins
+                behind the last token that is kept, or none.
+            present: as for :meth:`run`, of those tokens.
 
         Raises:
-            PreconditionError: no block was read since the last time, or the nodes are no path that
-                begins at the root.
+            PreconditionError: the tokens do not stand one behind the other.
         """
-        if self._written is None:
-            raise PreconditionError("there is no block to keep tokens of", hint="read one first")
-        kept = torch.cat([torch.arange(block.pending), nodes.cpu() + block.pending])
-        if not self._offsets[kept].equal(torch.arange(len(kept))) or not bool(
-            block.mask.cpu()[kept[-1], kept].all()
-        ):
+        if not self._is_path(nodes):
             raise PreconditionError(
-                f"nodes {nodes.tolist()} are no path from the root of the draft",
-                hint="pass the nodes of what was accepted",
+                f"tokens {list(nodes)} of what was read last do not follow one another",
+                hint="pass the nodes of what was accepted, root first",
             )
-        rows = self._written[kept]
-        self._places[rows] = torch.arange(len(kept)) + self.length
-        self._filled[rows.to(self._filled.device)] = True
-        self.length += len(kept)
-        self._written = None
+        rows = [self._open[node] for node in nodes]
+        if present is None:
+            self._seen[..., rows] = True
+            self._position += len(rows)
+        else:
+            self._seen[:, 0, 0, rows] = present
+            self._position += present.sum(1, keepdim=True)
+        self._kept += rows
+        self._free = sorted({*self._free, *self._open} - {*rows})
+        self._open, self._offsets = [], []
+
+    def _is_path(self, nodes: Sequence[int]) -> bool:
+        if not nodes:
+            return True
+        last = nodes[-1] - len(self._open) + len(self._mask)
+        return (
+            0 <= last < len(self._mask)
+            and [self._offsets[node] for node in nodes] == list(range(len(nodes)))
+            and bool(self._mask[last, list(nodes)].all())
+        )
 
     def tensors(self, role: Role) -> list[Tensor]:
         """Keys or values, ``[batch, heads, length, width]`` of each layer, in order of position."""
-        rows = self._places.argsort(stable=True)[len(self._places) - self.length :]
         prefix = f"past_{role}_"
         found = {
-            int(name.removeprefix(prefix)): b
-            for name, b in self._state.items()
+            int(name.removeprefix(prefix)): buffer
+            for name, buffer in self._state.items()
             if name.startswith(prefix)
         }
-        return [found[layer][:, :, rows.to(self._filled.device)] for layer in sorted(found)]
+        return [found[layer][:, :, self._kept] for layer in sorted(found)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ class Accepted:
     following: Tensor
 
 
+class Rows(Protocol):
+    """``[nodes, vocabulary]``, a node at a time."""
+
+    def __getitem__(self, node: int, /) -> Tensor: ...
+
+
 def accept_greedy(
     tokens: Tensor,
     parents: Tensor,
@@ -40,7 +47,8 @@ def accept_greedy(
 
     Args:
         tokens, parents: int64 ``[nodes]``, a tree; see :mod:`vlmopt.speculative.tree`.
-        probabilities: float32 ``[nodes, vocabulary]`` of what follows each node.
+        probabilities: float32 ``[nodes, vocabulary]`` of what follows each node; without
+            neighbours, anything that is ordered like them.
         neighbours: a token may be the most probable with the help of these.
 
     Returns:
@@ -63,7 +71,7 @@ def accept_greedy(
 def accept_sampled(
     tokens: Tensor,
     parents: Tensor,
-    probabilities: Tensor,
+    probabilities: Rows,
     uniforms: Tensor,
     neighbours: Neighbourhood | None = None,
 ) -> Accepted:
@@ -75,7 +83,8 @@ def accept_sampled(
 
     Args:
         tokens, parents: int64 ``[nodes]``, a tree; see :mod:`vlmopt.speculative.tree`.
-        probabilities: float32 ``[nodes, vocabulary]`` of what follows each node.
+        probabilities: float32 ``[nodes, vocabulary]`` of what follows each node; only those on the
+            path are looked at.
         uniforms: float32 ``[nodes - 1]``, drawn from ``[0, 1)``; used from the first on.
         neighbours: these help a token, and leave with it if they did, unless that leaves nothing;
             the official code then draws from all of the vocabulary alike.

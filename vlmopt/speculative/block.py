@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmopt.errors import PreconditionError
-from vlmopt.speculative.tree import chain, depths, tree_mask
+from vlmopt.speculative.tree import tree_mask
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,14 @@ class Block:
     see only themselves and which no one sees.
 
     Attributes:
-        mask: bool ``[places, places]``, queries first.
-        offsets: int64 ``[places]``, positions behind the last token that the target has seen.
-        pending: how many committed tokens there are.
+        mask: bool ``[places, earlier + places]``, queries first: which tokens of this block, and of
+            blocks read before and not yet committed, a token attends to.
+        offsets: int64 ``[places]``, positions behind the last token that is kept.
         size: how many places are no fillers.
     """
 
     mask: Tensor
     offsets: Tensor
-    pending: int
     size: int
 
     def fill(self, tokens: Tensor) -> Tensor:
@@ -51,12 +50,12 @@ def block_of(parents: Tensor, places: int, *, pending: int = 0) -> Block:
             f"{pending} tokens and a tree of {len(parents)} do not fit in {places} places",
             hint="compile the stage for more tokens, or draft fewer",
         )
+    inside = tree_mask(parents)
     mask = torch.eye(places, dtype=torch.bool, device=parents.device)
+    mask[:pending, :pending] = torch.ones_like(mask[:pending, :pending]).tril()
+    mask[pending:size, :pending] = True
+    mask[pending:size, pending:size] = inside
     offsets = torch.zeros(places, dtype=torch.int64, device=parents.device)
-    if pending:
-        mask[:pending, :pending] = tree_mask(chain(pending)).to(mask.device)
-        mask[pending:size, :pending] = True
-        offsets[:pending] = torch.arange(pending, device=offsets.device)
-    mask[pending:size, pending:size] = tree_mask(parents)
-    offsets[pending:size] = depths(parents) + pending
-    return Block(mask, offsets, pending, size)
+    offsets[:pending] = torch.arange(pending, device=offsets.device)
+    offsets[pending:size] = inside.sum(-1) - 1 + pending
+    return Block(mask, offsets, size)

@@ -48,19 +48,20 @@ class Sampling:
         """Whether the most probable token is taken."""
         return self.temperature == 0
 
+    def guided(self, logits: Tensor) -> Tensor:
+        """Logits ``[batch, tokens, vocabulary]`` in float32; half the batch with guidance."""
+        logits = logits.float()
+        if self.guidance is None:
+            return logits
+        condition, without = logits.chunk(2)
+        return without + self.guidance * (condition - without)
+
     def distribution(self, logits: Tensor) -> Tensor:
-        """The distributions that tokens are drawn from.
+        """The distributions that tokens are drawn from, float32 ``[..., vocabulary]``.
 
         Args:
-            logits: ``[batch, tokens, vocabulary]``.
-
-        Returns:
-            float32 ``[batch, tokens, vocabulary]``; half the batch with guidance.
+            logits: float32 ``[..., vocabulary]``, guided.
         """
-        logits = logits.float()
-        if self.guidance is not None:
-            condition, without = logits.chunk(2)
-            logits = without + self.guidance * (condition - without)
         if self.greedy:
             return logits.softmax(-1)
         logits = logits / self.temperature

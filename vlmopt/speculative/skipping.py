@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,6 +42,9 @@ class Draft:
 @dataclass(frozen=True, kw_only=True)
 class SkipPolicy(Configurable):
     """Decides draft by draft."""
+
+    compares: ClassVar[bool] = False
+    """Whether it looks at a codebook."""
 
     def skips(self, draft: Draft) -> bool:
         """Whether this draft is not verified."""
@@ -78,6 +82,7 @@ class Dynamic(SkipPolicy):
     """Drafts whose paths look alike are not verified: whichever is right, little is lost."""
 
     name = "dynamic"
+    compares = True
 
     threshold: float = option(0.7, "least similarity of paths", ge=-1, le=1)
     decay: float = option(0.9, "weight of a depth against the one above it", gt=0, le=1)

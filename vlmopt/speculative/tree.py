@@ -58,11 +58,6 @@ def tree_mask(parents: Tensor) -> Tensor:
     return seen > 0
 
 
-def depths(parents: Tensor) -> Tensor:
-    """How far nodes lie below the root, int64 ``[nodes]``: their positions behind its own."""
-    return tree_mask(parents).sum(-1) - 1
-
-
 def paths(parents: Tensor) -> Tensor:
     """The nodes from the root to each leaf.
 

@@ -1,0 +1,116 @@
+"""Stages for speculative decoding, made from decoders: what reads drafts, and what writes them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from vlmopt.artifacts import fingerprint
+from vlmopt.errors import OptionError
+from vlmopt.program import Program, Stage
+from vlmopt.rewrite.drafted import drafted_stage
+from vlmopt.speculative.decoders import TokenDecoder
+from vlmopt.speculative.eagle import EagleDecoder
+from vlmopt.tracing import export_stage
+
+VERIFY, RECOVER, DRAFT = "verify", "recover", "draft"
+"""Names of stages: the target on a draft; on tokens that it has not seen, and a draft behind them;
+the drafter."""
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """How large drafts are; see :mod:`vlmopt.speculative.pruning`.
+
+    Attributes:
+        depth: drafted tokens on the longest path.
+        width: tokens tried behind each token that is gone on from, and of such tokens on each
+            level.
+        nodes: tokens that the target is asked about, the root among them.
+
+    Raises:
+        OptionError: a size is below 1, or there are more nodes than a draft has.
+    """
+
+    depth: int = 4
+    width: int = 10
+    nodes: int = 59
+
+    def __post_init__(self) -> None:
+        most = 1 + self.width + (self.depth - 1) * self.width**2
+        if min(self.depth, self.width) < 1 or not 2 <= self.nodes <= most:
+            raise OptionError(
+                f"{self} is no tree",
+                hint=f"depth and width are at least 1, nodes from 2 to {most} for these",
+            )
+
+
+def capture_target(
+    decoder: TokenDecoder, tree: DraftTree, *, capacity: int, branches: int = 1
+) -> Program:
+    """What reads drafts, as a program of the stages ``verify`` and ``recover``.
+
+    Args:
+        decoder: see :func:`vlmopt.speculative.decoders.text_decoder`; eval mode.
+        tree: size of drafts.
+        capacity: tokens that are remembered: prompt, new ones, and ``nodes + depth`` more.
+        branches: 2 for guidance, else 1.
+
+    Raises:
+        CaptureError: the decoder cannot be traced.
+        PreconditionError: see :func:`vlmopt.rewrite.drafted.drafted_stage`.
+    """
+    places = {VERIFY: tree.nodes, RECOVER: tree.nodes + tree.depth}
+    return _capture(decoder, places, tree, capacity, branches)
+
+
+def capture_draft(
+    drafter: EagleDecoder, tree: DraftTree, *, capacity: int, branches: int = 1
+) -> Program:
+    """What writes drafts, as a program of the stage ``draft``; see :func:`capture_target`."""
+    places = {DRAFT: max(tree.width, tree.depth + 1)}
+    return _capture(drafter, places, tree, capacity, branches)
+
+
+def _capture(
+    module: TokenDecoder | EagleDecoder,
+    places: dict[str, int],
+    tree: DraftTree,
+    capacity: int,
+    branches: int,
+) -> Program:
+    stages = {
+        name: drafted_stage(_forward(module, branches, tokens), capacity, name)
+        for name, tokens in places.items()
+    }
+    model_type = module.config.model_type
+    metadata = {
+        "class": type(module).__name__,
+        "tree": asdict(tree),
+        "branches": branches,
+        "capacity": capacity,
+        "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(model_type, module.parameters()),
+    }
+    return Program(stages, model_type, metadata=metadata).clone()
+
+
+def _forward(module: nn.Module, branches: int, tokens: int) -> Stage:
+    """One forward over a prompt of so many tokens."""
+    weight = next(module.parameters())
+    ids = torch.zeros(branches, tokens, dtype=torch.int64, device=weight.device)
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(tokens, device=ids.device).expand(branches, -1),
+        "use_cache": True,
+    }
+    if isinstance(module, EagleDecoder):
+        width = cast("Any", module.config).hidden_size
+        inputs["features"] = weight.new_zeros(branches, tokens, width)
+    stage, _ = export_stage("language_model", module, inputs)
+    stage.facts |= {"batch": branches, "tokens": tokens}
+    return stage
