@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmopt.errors import OptionError, PreconditionError
-from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.distribution import Sampling, guided
 from vlmopt.speculative.lantern import nearest_codes
 from vlmopt.speculative.rules import Exact, Lantern, parse_rule
 
@@ -52,8 +52,7 @@ def test_as_plain_generation(how: dict[str, Any]) -> None:
 
 def test_guidance() -> None:
     condition, without = torch.tensor([[[1.0, 0.0, 2.0]]]), torch.tensor([[[0.5, 1.0, 2.0]]])
-    how = Sampling(guidance=3.0)
-    found = how.distribution(how.guided(torch.cat([condition, without]).bfloat16()))
+    found = Sampling().distribution(guided(torch.cat([condition, without]).bfloat16(), 3.0))
     torch.testing.assert_close(found, torch.tensor([[[2.0, -2.0, 2.0]]]).softmax(-1))
     assert found.dtype == torch.float32
 

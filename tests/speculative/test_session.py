@@ -52,7 +52,7 @@ class Oracle(Drafter):
         self.generator = torch.Generator().manual_seed(0)
 
     def draft(
-        self, context: Context, sampling: Sampling, allowed: Allowed
+        self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
         parents = full((2, 2))
         tokens = [context.said[-1]]

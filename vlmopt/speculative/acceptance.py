@@ -108,19 +108,37 @@ def _choose(
     left: Tensor, tokens: list[int], draws: Iterator[float], neighbours: Neighbourhood | None
 ) -> tuple[int | None, Tensor]:
     """The first of some tokens that is accepted, if any; else what is left of the distribution."""
+    if not tokens:
+        return None, left
+    if neighbours is None:
+        return _choose_exactly(left, tokens, draws)
     for token in tokens:
-        chance, helped = left[token], False
-        if neighbours is not None:
-            many, any_helped = neighbours.relaxed(left[None], torch.tensor([token]).to(left.device))
-            chance, helped = many[0], bool(any_helped)
+        many, any_helped = neighbours.relaxed(left[None], torch.tensor([token]).to(left.device))
         # a uniform may be 0, and what is impossible must stay so
-        if next(draws) < float(chance):
+        if next(draws) < float(many[0]):
             return token, left
         rest = left.index_fill(0, torch.tensor([token]).to(left.device), 0.0)
-        if helped and neighbours is not None:
+        if any_helped:
             fewer = neighbours.without(rest, token)
             rest = fewer if bool(fewer.any()) else rest
         if not bool(rest.any()):  # all was on this token, up to rounding
             return token, left
         left = rest / rest.sum()
     return None, left
+
+
+def _choose_exactly(
+    left: Tensor, tokens: list[int], draws: Iterator[float]
+) -> tuple[int | None, Tensor]:
+    """As :func:`_choose`, where no token helps another: what is left is scaled once, at the end."""
+    places = torch.tensor(tokens).to(left.device)
+    mass = float(left.sum(dtype=torch.float64))
+    for token, chance in zip(tokens, left[places].tolist(), strict=True):
+        if next(draws) * mass < chance:
+            return token, left
+        mass -= chance
+    rest = left.index_fill(0, places, 0.0)
+    total = rest.sum()
+    if not total > 0:  # all was on these tokens, up to rounding
+        return tokens[-1], left
+    return None, rest / total

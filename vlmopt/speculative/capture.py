@@ -6,19 +6,29 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmopt.artifacts import fingerprint
 from vlmopt.errors import OptionError
-from vlmopt.program import Program, Stage
+from vlmopt.program import Port, Program, Role, Stage
 from vlmopt.rewrite.drafted import drafted_stage
+from vlmopt.rewrite.emit import Emitter
 from vlmopt.speculative.decoders import TokenDecoder
+from vlmopt.speculative.distribution import Sampling, guided
 from vlmopt.speculative.eagle import EagleDecoder
 from vlmopt.tracing import export_stage
 
 VERIFY, RECOVER, DRAFT = "verify", "recover", "draft"
 """Names of stages: the target on a draft; on tokens that it has not seen, and a draft behind them;
 the drafter."""
+
+GUIDANCE = "guidance"
+"""Input of stages of two branches: float32 scalar, the scale of classifier-free guidance."""
+
+
+def guidance_of(sampling: Sampling) -> dict[str, Tensor]:
+    """The scale, as an input of stages that take one."""
+    return {} if sampling.guidance is None else {GUIDANCE: torch.tensor(sampling.guidance)}
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,10 @@ class DraftTree:
 
     def __post_init__(self) -> None:
         most = 1 + self.width + (self.depth - 1) * self.width**2
-        if min(self.depth, self.width) < 1 or not 2 <= self.nodes <= most:
+        if min(self.depth, self.width) < 1 or not 1 <= self.nodes <= most:
             raise OptionError(
                 f"{self} is no tree",
-                hint=f"depth and width are at least 1, nodes from 2 to {most} for these",
+                hint=f"depth and width are at least 1, nodes from 1 to {most} for these",
             )
 
 
@@ -57,7 +67,8 @@ def capture_target(
         decoder: see :func:`vlmopt.speculative.decoders.text_decoder`; eval mode.
         tree: size of drafts.
         capacity: tokens that are remembered: prompt, new ones, and ``nodes + depth`` more.
-        branches: 2 for guidance, else 1.
+        branches: 2 for classifier-free guidance, the condition first, and logits are guided; else
+            1.
 
     Raises:
         CaptureError: the decoder cannot be traced.
@@ -86,6 +97,9 @@ def _capture(
         name: drafted_stage(_forward(module, branches, tokens), capacity, name)
         for name, tokens in places.items()
     }
+    if branches == 2:
+        for stage in stages.values():
+            _guide(stage)
     model_type = module.config.model_type
     metadata = {
         "class": type(module).__name__,
@@ -96,6 +110,25 @@ def _capture(
         "fingerprint": fingerprint(model_type, module.parameters()),
     }
     return Program(stages, model_type, metadata=metadata).clone()
+
+
+def _guide(stage: Stage) -> None:
+    """Let a stage give the logits of both branches as one, by the scale that is an input."""
+    (port,) = stage.find_outputs(Role.LOGITS)
+    node = stage.output_node(port)
+    scale = stage.add_input(Port(GUIDANCE, Role.OTHER))
+    output = stage.graph.output_node()
+    emit = Emitter(
+        stage.graph,
+        stamp=lambda node: None,
+        place=node,
+        prefix="guidance",
+        fake_mode=stage.fake_mode(),
+    )
+    with stage.graph.inserting_before(output):
+        result = emit.trace(guided, node, scale, names=("logits",))
+    output.replace_input_with(node, result)
+    stage.graph_module.recompile()
 
 
 def _forward(module: nn.Module, branches: int, tokens: int) -> Stage:

@@ -10,6 +10,19 @@ from torch import Tensor
 from vlmopt.errors import OptionError
 
 
+def guided(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Logits of both branches as one, by classifier-free guidance.
+
+    Args:
+        logits: ``[2, ..., vocabulary]``, the condition first.
+
+    Returns:
+        float32 ``[1, ..., vocabulary]``.
+    """
+    condition, without = logits.float().chunk(2)
+    return without + scale * (condition - without)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
@@ -19,8 +32,7 @@ class Sampling:
         top_k: most probable tokens that may be drawn, and those equal to the last; ``None`` for
             all.
         top_p: as many of the most probable tokens as reach this sum may be drawn.
-        guidance: scale of classifier-free guidance, whose branches are the halves of a batch: the
-            condition first. ``None`` without.
+        guidance: scale of classifier-free guidance; ``None`` without.
 
     Raises:
         OptionError: a value is out of range.
@@ -48,20 +60,13 @@ class Sampling:
         """Whether the most probable token is taken."""
         return self.temperature == 0
 
-    def guided(self, logits: Tensor) -> Tensor:
-        """Logits ``[batch, tokens, vocabulary]`` in float32; half the batch with guidance."""
-        logits = logits.float()
-        if self.guidance is None:
-            return logits
-        condition, without = logits.chunk(2)
-        return without + self.guidance * (condition - without)
-
     def distribution(self, logits: Tensor) -> Tensor:
         """The distributions that tokens are drawn from, float32 ``[..., vocabulary]``.
 
         Args:
-            logits: float32 ``[..., vocabulary]``, guided.
+            logits: ``[..., vocabulary]``.
         """
+        logits = logits.float()
         if self.greedy:
             return logits.softmax(-1)
         logits = logits / self.temperature

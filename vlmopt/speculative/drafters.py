@@ -13,7 +13,7 @@ from vlmopt.program import Program, Role
 from vlmopt.runtime.buffered import BufferedStage
 from vlmopt.runtime.draft_cache import DraftCache
 from vlmopt.speculative.block import Block, block_of
-from vlmopt.speculative.capture import DraftTree
+from vlmopt.speculative.capture import DraftTree, guidance_of
 from vlmopt.speculative.distribution import Sampling
 from vlmopt.speculative.pruning import likeliest_subtree
 from vlmopt.speculative.tree import PAD, chain
@@ -46,7 +46,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(
-        self, context: Context, sampling: Sampling, allowed: Allowed
+        self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
         """A draft whose root is the last token of the context.
 
@@ -59,7 +59,7 @@ class NoDraft(Drafter):
     """The root alone: plain decoding."""
 
     def draft(
-        self, context: Context, sampling: Sampling, allowed: Allowed
+        self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
         return context.said[-1:].cpu(), chain(1)
 
@@ -81,7 +81,7 @@ class PromptLookup(Drafter):
         self.prompt: list[int] = [] if prompt is None else prompt.tolist()
 
     def draft(
-        self, context: Context, sampling: Sampling, allowed: Allowed
+        self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
         text = self.prompt + context.said.tolist()
         for length in range(min(self.longest, len(text) - 1), 0, -1):
@@ -113,11 +113,11 @@ class EagleDrafter(Drafter):
         self._hidden = port.name
 
     def draft(
-        self, context: Context, sampling: Sampling, allowed: Allowed
+        self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
-        guess, logits = self._extend(context)
+        guess, logits = self._extend(context, sampling)
         width, first = self.tree.width, len(context.said)
-        chances, found = self._likeliest(logits, sampling, allowed(first))
+        chances, found = self._likeliest(logits, allowed and allowed(first))
         tokens, reached = found[0], chances[0]  # of the nodes that are gone on from
         nodes = torch.arange(1, 1 + len(tokens))  # their numbers
         pool = [context.said[-1:].cpu(), tokens]
@@ -126,8 +126,8 @@ class EagleDrafter(Drafter):
         features = guess.expand(-1, len(tokens), -1)
         mask = torch.eye(len(tokens), dtype=torch.bool)
         for level in range(1, self.tree.depth):
-            hidden, logits = self._read(tokens, features, mask, level - 1)
-            chances, found = self._likeliest(logits, sampling, allowed(first + level))
+            hidden, logits = self._read(tokens, features, mask, level - 1, sampling)
+            chances, found = self._likeliest(logits, allowed and allowed(first + level))
             each = (reached[:, None] + chances).flatten()
             start = sum(map(len, pool))
             pool.append(found.flatten())
@@ -144,7 +144,7 @@ class EagleDrafter(Drafter):
         kept, inside = likeliest_subtree(torch.cat(parents), total, count)
         return torch.cat(pool)[kept], inside
 
-    def _extend(self, context: Context) -> tuple[Tensor, Tensor]:
+    def _extend(self, context: Context, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """Read what is new; the guessed feature of the root, ``[branches, 1, width]``; logits."""
         present = context.present
         for start in range(0, context.tokens.shape[1], self._places):
@@ -152,13 +152,13 @@ class EagleDrafter(Drafter):
             tokens, features = context.tokens[:, part], context.features[:, part]
             block = block_of(chain(tokens.shape[1]), self._places)
             some = None if present is None else present[:, part]
-            results = self._run(tokens, features, block, some)
+            results = self._run(tokens, features, block, sampling, some)
             self._cache.commit(range(block.size), some)
         last = slice(block.size - 1, block.size)
         return results[self._hidden][:, last], results["logits"][:, last]
 
     def _read(
-        self, tokens: Tensor, features: Tensor, mask: Tensor, depth: int
+        self, tokens: Tensor, features: Tensor, mask: Tensor, depth: int, sampling: Sampling
     ) -> tuple[Tensor, Tensor]:
         """Guessed features of the nodes of one level, and the logits of what follows them."""
         count, earlier = len(tokens), mask.shape[1] - len(tokens)
@@ -167,24 +167,28 @@ class EagleDrafter(Drafter):
         whole[:count, : earlier + count] = mask
         offsets = torch.full((self._places,), depth)
         given = tokens.expand(features.shape[0], -1)
-        results = self._run(given, features, Block(whole, offsets, count), None)
+        results = self._run(given, features, Block(whole, offsets, count), sampling, None)
         return results[self._hidden][:, :count], results["logits"][:, :count]
 
     def _run(
-        self, tokens: Tensor, features: Tensor, block: Block, present: Tensor | None
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        block: Block,
+        sampling: Sampling,
+        present: Tensor | None,
     ) -> dict[str, Tensor]:
         rest = len(block.mask) - features.shape[1]
         values = {
             "input_ids": block.fill(tokens.to(features.device)),
             "features": torch.nn.functional.pad(features, (0, 0, 0, rest)),
+            **guidance_of(sampling),
         }
         return self._cache.run(self._stage, values, block, present)
 
-    def _likeliest(
-        self, logits: Tensor, sampling: Sampling, allowed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _likeliest(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logarithms of chances, and tokens, ``[nodes, width]``, likeliest first, on the CPU."""
-        (scores,) = sampling.guided(logits)
+        scores = logits[0].float()
         if allowed is not None:
             scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         found = scores.log_softmax(-1).topk(min(self.tree.width, scores.shape[-1]))

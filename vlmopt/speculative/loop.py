@@ -14,7 +14,8 @@ from vlmopt.runtime.draft_cache import DraftCache
 from vlmopt.speculative import tree
 from vlmopt.speculative.acceptance import Accepted, accept_greedy, accept_sampled
 from vlmopt.speculative.block import Block, block_of
-from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.capture import guidance_of
+from vlmopt.speculative.distribution import Sampling, guided
 from vlmopt.speculative.drafters import Allowed, Context, Drafter
 from vlmopt.speculative.lantern import Neighbourhood
 from vlmopt.speculative.progress import Progress
@@ -30,7 +31,7 @@ class Prefilled:
         past: keys and values of each layer, ``[branches, heads, tokens, width]``.
         present: bool ``[branches, tokens]``, ``False`` for padding.
         features: ``[branches, tokens, width]``, hidden states after the last norm.
-        logits: ``[branches, vocabulary]`` of the first new token.
+        logits: ``[branches, vocabulary]`` of the first new token, not guided.
         position: int64 ``[branches]``, of the first new token.
     """
 
@@ -102,7 +103,7 @@ class Loop:
         codebook: Tensor | None,
         depth: int,
         sampling: Sampling,
-        allowed: Allowed,
+        allowed: Allowed | None,
         generator: torch.Generator | None,
     ) -> None:
         self.verify, self.recover = verify, recover
@@ -127,6 +128,8 @@ class Loop:
         if isinstance(prompt, Prefilled):
             self.cache.load(prompt.past, prompt.present, prompt.position)
             features, logits = prompt.features[:, -1:], prompt.logits[:, None]
+            if self.sampling.guidance is not None:
+                logits = guided(logits, self.sampling.guidance)
             self._unread = prompt.present.new_empty(len(features), 0, dtype=torch.int64)
         else:
             features, logits = self._read_prompt(prompt, present)
@@ -242,19 +245,20 @@ class Loop:
         """Hidden states and logits of the places of a block."""
         (port,) = stage.stage.find_outputs(Role.HIDDEN_STATES)
         device = stage.stage.zeros(stage.stage.find_inputs(Role.INPUT_IDS)[0]).device
-        given = {"input_ids": block.fill(tokens.to(device))}
+        given = {"input_ids": block.fill(tokens.to(device)), **guidance_of(self.sampling)}
         results = self.cache.run(stage, given, block, present)
         return results[port.name], results["logits"]
 
     def _scores(self, logits: Tensor, places: Tensor) -> Tensor:
-        """Guided logits ``[nodes, vocabulary]`` of what may stand at these places."""
-        (scores,) = self.sampling.guided(logits)
+        """Logits ``[nodes, vocabulary]`` of what may stand at these places."""
+        scores = logits[0]
+        if self.allowed is None:
+            return scores
         for place in places.unique().tolist():
             mask = self.allowed(place)
             if mask is not None:
-                scores[(places == place).to(scores.device)] += torch.where(
-                    mask.to(scores.device), 0.0, -torch.inf
-                )
+                hidden = (places == place)[:, None] & ~mask.cpu()
+                scores = scores.masked_fill(hidden.to(scores.device), -torch.inf)
         return scores
 
     def _draw(self, chances: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class SpeculativeSession:
             self.codebook,
             self.tree.depth,
             sampling,
-            allowed or (lambda index: None),
+            allowed,
             generator,
         )
 
