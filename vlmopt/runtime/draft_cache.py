@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,19 +33,19 @@ class DraftCache:
 
     def __init__(self, stage: Stage) -> None:
         self._state = empty_state(stage)
-        batch, _, _, capacity = (
-            stage.placeholder(stage.find_inputs(Role.VISIBLE)[0]).meta["val"].shape
-        )
-        device = next(iter(self._state.values())).device
+        visible = stage.placeholder(stage.find_inputs(Role.VISIBLE)[0]).meta["val"]
+        batch, _, _, capacity = visible.shape
+        self._device = visible.device
         self._kept: list[int] = []  # rows, in the order of their tokens
         self._free = list(range(capacity))
         # rows that blocks have written since the last commit, and where their tokens stand
         self._open: list[int] = []
         self._offsets: list[int] = []
-        self._mask = torch.empty(0, 0, dtype=torch.bool)  # of the last block
-        self._seen = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)
+        self._mask = np.zeros((0, 0), dtype=bool)  # of the last block
+        # on the host, where what becomes of a draft is decided anyway
+        self._seen = np.zeros((batch, 1, 1, capacity), dtype=bool)
         # of the token behind the last one that is kept; apart on every branch
-        self._position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._position = np.zeros((batch, 1), dtype=np.int64)
 
     @property
     def length(self) -> int:
@@ -74,9 +75,9 @@ class DraftCache:
         for layer, (key, value) in enumerate(past):
             self._state[f"past_key_{layer}"][:, :, rows] = key
             self._state[f"past_value_{layer}"][:, :, rows] = value
-        self._seen[:, 0, 0, rows] = present
+        self._seen[:, 0, 0, rows] = present.cpu().numpy()
         self._kept, self._free = self._free[:tokens], self._free[tokens:]
-        self._position[:, 0] = position
+        self._position[:, 0] = position.cpu().numpy()
 
     def run(
         self,
@@ -104,22 +105,25 @@ class DraftCache:
                 hint="larger buffers, or a shorter sequence",
             )
         rows = self._free[:places]
-        slots = torch.tensor(rows, device=self._seen.device)
-        written = torch.tensor(self._open + rows, device=self._seen.device)
-        visible = self._seen.repeat(1, 1, places, 1)
-        visible[..., written] = block.mask.to(self._seen.device)
+        own = rows[: block.size]
+        visible = self._seen.repeat(places, axis=2)
+        visible[..., self._open + rows] = block.mask.numpy()
         position = self._position
         if present is not None:
-            visible[..., slots[: block.size]] &= present[:, None, None]
-            visible[..., range(block.size), rows[: block.size]] = True  # itself, or there is none
-            position = position - (~present).sum(1, keepdim=True)
+            there = present.cpu().numpy()
+            visible[..., own] &= there[:, None, None]
+            visible[..., range(block.size), own] = True  # itself, or there is nothing
+            position = position - (~there).sum(1, keepdims=True)
         (port,) = stage.stage.find_inputs(Role.POSITION_IDS)
         shape = stage.stage.placeholder(port).meta["val"].shape
-        found = (position + block.offsets.to(position.device)).clamp(min=0).expand(shape)
-        state = {"slots_0": slots, "visible_0": visible, port.name: found}
+        places_of = np.maximum(position + block.offsets.numpy(), 0)
+        found = torch.from_numpy(places_of).to(self._device).expand(shape)
+        slots = torch.tensor(rows, device=self._device)
+        shown = torch.from_numpy(visible).to(self._device)
+        state = {"slots_0": slots, "visible_0": shown, port.name: found}
         results = stage({**tokens, **self._state, **state})
-        self._mask = block.mask[: block.size]
-        self._open += rows[: block.size]
+        self._mask = block.mask[: block.size].numpy()
+        self._open += own
         self._offsets += block.offsets[: block.size].tolist()
         # rows of fillers are written, and free
         self._free = self._free[block.size :]
@@ -146,8 +150,9 @@ class DraftCache:
             self._seen[..., rows] = True
             self._position += len(rows)
         else:
-            self._seen[:, 0, 0, rows] = present
-            self._position += present.sum(1, keepdim=True)
+            there = present.cpu().numpy()
+            self._seen[:, 0, 0, rows] = there
+            self._position += there.sum(1, keepdims=True)
         self._kept += rows
         self._free = sorted({*self._free, *self._open} - {*rows})
         self._open, self._offsets = [], []

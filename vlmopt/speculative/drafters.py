@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmopt.program import Program, Role
@@ -117,32 +119,31 @@ class EagleDrafter(Drafter):
     ) -> tuple[Tensor, Tensor]:
         guess, logits = self._extend(context, sampling)
         width, first = self.tree.width, len(context.said)
-        chances, found = self._likeliest(logits, allowed and allowed(first))
-        tokens, reached = found[0], chances[0]  # of the nodes that are gone on from
-        nodes = torch.arange(1, 1 + len(tokens))  # their numbers
-        pool = [context.said[-1:].cpu(), tokens]
-        parents = [torch.full((1,), PAD), torch.zeros_like(tokens)]
-        sums = [reached.new_zeros(1), reached]
-        features = guess.expand(-1, len(tokens), -1)
-        mask = torch.eye(len(tokens), dtype=torch.bool)
+        sums, found = (each[0] for each in self._likeliest(logits, allowed and allowed(first)))
+        # all nodes, level by level: their tokens, parents, and chances to be reached
+        pool, reached = [context.said[-1:].numpy(), found], [np.zeros_like(sums[:1]), sums]
+        parents = [np.full(1, PAD), np.zeros(len(found), dtype=np.int64)]
+        # those of the last level that are gone on from: tokens, numbers, what they come behind
+        tokens, nodes, features = found, np.arange(len(found)) + 1, guess.expand(-1, len(found), -1)
+        mask, size = np.eye(len(tokens), dtype=bool), 1 + len(tokens)
         for level in range(1, self.tree.depth):
             hidden, logits = self._read(tokens, features, mask, level - 1, sampling)
             chances, found = self._likeliest(logits, allowed and allowed(first + level))
-            each = (reached[:, None] + chances).flatten()
-            start = sum(map(len, pool))
-            pool.append(found.flatten())
-            parents.append(nodes.repeat_interleave(found.shape[1]))
-            sums.append(each)
-            best = each.topk(min(width, len(each))).indices
-            came = best // found.shape[1]
-            tokens, reached, nodes = pool[-1][best], each[best], start + best
-            features = hidden[:, came]
-            mask = torch.cat([mask[came], torch.eye(len(best), dtype=torch.bool)], 1)
+            behind = found.shape[1]
+            each = (sums[:, None] + chances).ravel()
+            pool.append(found.ravel())
+            parents.append(nodes.repeat(behind))
+            reached.append(each)
+            best = (-each).argsort(kind="stable")[:width]
+            came = best // behind
+            tokens, sums, nodes, features = pool[-1][best], each[best], size + best, hidden[:, came]
+            mask = np.concatenate([mask[came], np.eye(len(best), dtype=bool)], 1)
+            size += len(each)
         self._cache.commit([])
-        total = torch.cat(sums)
+        total = torch.from_numpy(np.concatenate(reached))
         count = min(self.tree.nodes, int(total.isfinite().sum()))
-        kept, inside = likeliest_subtree(torch.cat(parents), total, count)
-        return torch.cat(pool)[kept], inside
+        kept, inside = likeliest_subtree(torch.from_numpy(np.concatenate(parents)), total, count)
+        return torch.from_numpy(np.concatenate(pool))[kept], inside
 
     def _extend(self, context: Context, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """Read what is new; the guessed feature of the root, ``[branches, 1, width]``; logits."""
@@ -158,16 +159,21 @@ class EagleDrafter(Drafter):
         return results[self._hidden][:, last], results["logits"][:, last]
 
     def _read(
-        self, tokens: Tensor, features: Tensor, mask: Tensor, depth: int, sampling: Sampling
+        self,
+        tokens: NDArray[np.int64],
+        features: Tensor,
+        mask: NDArray[np.bool_],
+        depth: int,
+        sampling: Sampling,
     ) -> tuple[Tensor, Tensor]:
         """Guessed features of the nodes of one level, and the logits of what follows them."""
         count, earlier = len(tokens), mask.shape[1] - len(tokens)
-        whole = torch.zeros(self._places, earlier + self._places, dtype=torch.bool)
-        whole[:, earlier:] = torch.eye(self._places, dtype=torch.bool)
+        whole = np.eye(self._places, earlier + self._places, earlier, dtype=bool)
         whole[:count, : earlier + count] = mask
         offsets = torch.full((self._places,), depth)
-        given = tokens.expand(features.shape[0], -1)
-        results = self._run(given, features, Block(whole, offsets, count), sampling, None)
+        given = torch.from_numpy(tokens).expand(features.shape[0], -1)
+        block = Block(torch.from_numpy(whole), offsets, count)
+        results = self._run(given, features, block, sampling, None)
         return results[self._hidden][:, :count], results["logits"][:, :count]
 
     def _run(
@@ -186,10 +192,12 @@ class EagleDrafter(Drafter):
         }
         return self._cache.run(self._stage, values, block, present)
 
-    def _likeliest(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logarithms of chances, and tokens, ``[nodes, width]``, likeliest first, on the CPU."""
+    def _likeliest(
+        self, logits: Tensor, allowed: Tensor | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Logarithms of chances, and tokens, ``[nodes, width]``, likeliest first."""
         scores = logits[0].float()
         if allowed is not None:
             scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         found = scores.log_softmax(-1).topk(min(self.tree.width, scores.shape[-1]))
-        return found.values.cpu(), found.indices.cpu()
+        return found.values.cpu().numpy(), found.indices.cpu().numpy()
