@@ -8,6 +8,7 @@ arXiv 2511.13587.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -69,16 +70,8 @@ class SpeculativeSession:
     ) -> None:
         require_backend(backend)
         self.program = program
-        self.policy = parse_policy(policy)
         self.codebook = codebook
-        self.neighbours = parse_rule(acceptance).neighbours(
-            codebook, None if codebook is None else torch.arange(len(codebook))
-        )
-        if self.policy.compares and codebook is None:
-            raise PreconditionError(
-                f"policy {policy} compares image tokens by their codes, and there is no codebook",
-                hint="pass the codebook, or use policy='uniform{interval=4}'",
-            )
+        self._set_rules(policy, acceptance)
         self.tree = DraftTree(**program.metadata["tree"])
         self.branches = int(program.metadata["branches"])
         self.capacity = int(program.metadata["capacity"])
@@ -93,6 +86,22 @@ class SpeculativeSession:
             self._draft = lambda: EagleDrafter(draft, stage)
         else:
             self._draft = lambda: draft or NoDraft()
+
+    def with_rules(self, policy: str, acceptance: str = "exact") -> SpeculativeSession:
+        """A session with another policy and rule of acceptance, on what is compiled already."""
+        twin = copy.copy(self)
+        twin._set_rules(policy, acceptance)
+        return twin
+
+    def _set_rules(self, policy: str, acceptance: str) -> None:
+        self.policy = parse_policy(policy)
+        codes = None if self.codebook is None else torch.arange(len(self.codebook))
+        self.neighbours = parse_rule(acceptance).neighbours(self.codebook, codes)
+        if self.policy.compares and self.codebook is None:
+            raise PreconditionError(
+                f"policy {policy} compares image tokens by their codes, and there is no codebook",
+                hint="pass the codebook, or use policy='uniform{interval=4}'",
+            )
 
     def generate(
         self,
