@@ -397,7 +397,7 @@ def export_stage(
     try:
         with _quiet():
             exported, _ = DynamoExporter().export_program(module, kwargs, config)  # type: ignore[arg-type]
-        graph_module, leaves = canonical_graph(exported)
+            graph_module, leaves = canonical_graph(exported)
     except VlmoptError:
         raise
     except Exception as error:

@@ -24,14 +24,17 @@ from tests.drafts import (
 from tests.image_models import CODES, GRID, IMAGE_MODELS, PAD, PROMPT, autoencoder, build
 from vlmopt.errors import PreconditionError
 from vlmopt.program import Role
-from vlmopt.rewrite.drafted import verify_stage
 from vlmopt.runtime.buffered import BufferedStage
 from vlmopt.runtime.draft_cache import DraftCache
 from vlmopt.speculative import tree
 from vlmopt.speculative.block import block_of
+from vlmopt.speculative.capture import VERIFY, DraftTree, capture_target
+from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.drafters import Allowed, Context, Drafter
 from vlmopt.speculative.images import ImageDecoder, ImageLayout, image_decoder
-from vlmopt.speculative.prompts import Prefilled, guidance_batch, prefill
-from vlmopt.tracing import export_stage
+from vlmopt.speculative.loop import Prefilled
+from vlmopt.speculative.prompts import guidance_batch, prefill
+from vlmopt.speculative.session import SpeculativeSession
 
 every_model = pytest.mark.parametrize("name", IMAGE_MODELS)
 
@@ -45,14 +48,30 @@ def tokens_of(decoder: ImageDecoder, found: Tensor) -> Tensor:
     return found if decoder.ids is None else decoder.ids[found]
 
 
-def write(decoder: ImageDecoder, start: Prefilled, scale: float) -> Tensor:
-    """A greedy image behind a prompt, token by token, int64 ``[1, tokens]``."""
-    cache, mask = DynamicCache(), start.mask
+def start_of(name: str, decoder: ImageDecoder, scale: float | None) -> Prefilled:
+    inputs = {"input_ids": PROMPT}
+    if scale is not None:
+        inputs = guidance_batch(PROMPT, IMAGE_MODELS[name].without, PAD)
+    return prefill(build(name), decoder, inputs)
+
+
+def image_of(name: str, scale: float | None) -> Tensor:
+    """As the model itself generates it: codes or tokens, int64 ``[tokens]``."""
+    without = None if scale is None else IMAGE_MODELS[name].without
+    with torch.no_grad():
+        return IMAGE_MODELS[name].write(build(name), without, scale or 1.0)[0]
+
+
+def write(decoder: ImageDecoder, start: Prefilled, scale: float | None) -> Tensor:
+    """A greedy image behind a prompt, token by token, int64 ``[tokens]``."""
+    cache, mask = DynamicCache(), start.present
     for layer, (keys, values) in enumerate(start.past):
         cache.update(keys, values, layer)
-    logits, found = decoder.head(start.features[:, -1]), []
+    logits, found = start.logits, []
     for index in range(decoder.tokens):
-        scores = logits[0] if len(logits) == 1 else logits[1] + scale * (logits[0] - logits[1])
+        scores = logits[0]
+        if scale is not None:
+            scores = logits[1] + scale * (logits[0] - logits[1])
         allowed = decoder.allowed(index)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
@@ -61,59 +80,88 @@ def write(decoder: ImageDecoder, start: Prefilled, scale: float) -> Tensor:
         result = decoder(
             found[-1].expand(len(mask), 1),
             attention_mask=mask.long(),
-            position_ids=(start.next_position + index)[:, None],
+            position_ids=(start.position + index)[:, None],
             past_key_values=cache,
             use_cache=True,
         )
         logits = result.logits[:, -1]
-    return torch.stack(found)[None]
+    return torch.stack(found)
+
+
+with_and_without_guidance = pytest.mark.parametrize("scale", [None, 3.0])
 
 
 @every_model
-@pytest.mark.parametrize("scale", [None, 3.0])
+@with_and_without_guidance
 def test_the_image_is_that_of_the_model(name: str, scale: float | None) -> None:
-    model, family, decoder = build(name), IMAGE_MODELS[name], decoder_of(name)
-    without = None if scale is None else family.without
-    prompts = {"input_ids": PROMPT} if without is None else guidance_batch(PROMPT, without, PAD)
+    decoder, wanted = decoder_of(name), image_of(name, scale)
     with torch.no_grad():
-        wanted = family.write(model, without, scale or 1.0)
-        found = write(decoder, prefill(model, prompts), scale or 1.0)
+        found = write(decoder, start_of(name, decoder, scale), scale)
     assert tokens_of(decoder, found).equal(wanted)
-    assert found.shape[1] == decoder.tokens
-    assert len(found[0].unique()) >= 4  # or any loop would find it
+    assert len(found) == decoder.tokens
+    assert len(found.unique()) >= 4  # or any loop would find it
 
 
-def test_guidance_changes_the_image() -> None:
-    """So that the test above says something."""
-    for name, family in IMAGE_MODELS.items():
-        with torch.no_grad():
-            images = [family.write(build(name), w, 3.0) for w in (None, family.without)]
-        assert not images[0].equal(images[1]), name
+class Guesses(Drafter):
+    """Two paths of two tokens behind the root, of an image that is known; every third is wrong."""
 
+    def __init__(self, image: Tensor) -> None:
+        self.image = torch.nn.functional.pad(image, (0, 2))
+        self.wrong = 0
 
-def stage_of(decoder: ImageDecoder, batch: int, places: int) -> BufferedStage:
-    given = torch.zeros(batch, places, dtype=torch.int64)
-    positions = torch.arange(places).expand(batch, -1)
-    stage, _ = export_stage(
-        "language_model",
-        decoder,
-        {"input_ids": given, "position_ids": positions, "use_cache": True, "return_dict": True},
-    )
-    stage.facts.update(batch=batch, tokens=places)
-    return BufferedStage(verify_stage(stage, CAPACITY), "eager")
+    def draft(
+        self, context: Context, sampling: Sampling, allowed: Allowed
+    ) -> tuple[Tensor, Tensor]:
+        self.wrong += 1
+        one, two = self.image[len(context.said) : len(context.said) + 2]
+        one = (one + 1) % CODES if self.wrong % 3 == 0 else one
+        other = torch.tensor(self.wrong * 5 % CODES)
+        tokens = torch.stack([context.said[-1], other, one, two, two])
+        return tokens, torch.tensor([-1, 0, 0, 1, 2])
 
 
 @every_model
-@pytest.mark.parametrize("batch", [1, 2])
-def test_each_path_of_a_draft_is_its_own_image(name: str, batch: int) -> None:
+@with_and_without_guidance
+def test_the_image_is_the_same_with_drafts(name: str, scale: float | None) -> None:
+    decoder, wanted = decoder_of(name), image_of(name, scale)
+    branches = 1 if scale is None else 2
+    program = capture_target(
+        decoder, DraftTree(depth=2, width=2, nodes=5), capacity=50, branches=branches
+    )
+    known = torch.arange(decoder.layout.vocabulary)
+    known = (tokens_of(decoder, known) == wanted[:, None]).int().argmax(1)
+    session = SpeculativeSession(
+        program, Guesses(known), codebook=decoder.codebook, backend="eager"
+    )
+    found = session.generate(
+        start_of(name, decoder, scale),
+        max_new_tokens=decoder.tokens,
+        sampling=Sampling(temperature=0.0, guidance=scale),
+        allowed=decoder.allowed,
+    )
+    assert tokens_of(decoder, found.tokens).equal(wanted)
+    accepted = set(found.statistics.accepted)
+    assert 2 in accepted and accepted != {2}  # drafts, of which some were refused
+
+
+@every_model
+def test_guidance_changes_the_image(name: str) -> None:
+    """So that the tests above say something."""
+    assert not image_of(name, None).equal(image_of(name, 3.0))
+
+
+@every_model
+def test_each_path_of_a_draft_is_its_own_image(name: str) -> None:
     """Codes, and one of the other tokens that an image is written with."""
-    decoder = decoder_of(name)
-    stage, nodes = stage_of(decoder, batch, PLACES), torch.tensor(BRANCHING)
-    image, draft = ids(11, 2, batch) % CODES, ids(len(nodes), 3, batch) % CODES
+    decoder, nodes = decoder_of(name), torch.tensor(BRANCHING)
+    tree_of_places = DraftTree(depth=2, width=3, nodes=PLACES)
+    program = capture_target(decoder, tree_of_places, capacity=CAPACITY)
+    stage = BufferedStage(program[VERIFY], "eager")
+    image, draft = ids(11, 2) % CODES, ids(len(nodes), 3) % CODES
     image[:, 5] = decoder.layout.vocabulary - 1
-    cache, block = DraftCache(stage.stage), block_of(nodes, PLACES)
+    cache = DraftCache(stage.stage)
     read_text(cache, stage, image)
-    hidden = read(cache, stage, draft, block)
+    hidden = read(cache, stage, draft, block_of(nodes, PLACES))
     for row in tree.paths(nodes):
         path = row[row >= 0]
         line = torch.cat([image, draft[:, path]], 1)
@@ -126,7 +174,8 @@ def test_each_path_of_a_draft_is_its_own_image(name: str, batch: int) -> None:
 
 
 def test_the_stage_gives_logits_of_its_ids_and_hidden_states() -> None:
-    stage = stage_of(decoder_of("emu3"), 1, PLACES).stage
+    tree_of_places = DraftTree(depth=2, width=3, nodes=PLACES)
+    stage = capture_target(decoder_of("emu3"), tree_of_places, capacity=CAPACITY)[VERIFY]
     for role, width in ((Role.LOGITS, CODES + 4), (Role.HIDDEN_STATES, 32)):
         (port,) = stage.find_outputs(role)
         assert stage.output_node(port).meta["val"].shape == (1, PLACES, width)
@@ -152,6 +201,7 @@ def test_pixels_of_rows_with_ends() -> None:
     for index in range(decoder.tokens):
         allowed = decoder.allowed(index)
         assert allowed is not None and bool(allowed[found[:, index]].all())
+    assert decoder.allowed(decoder.tokens) is None  # a draft may reach there
     pixels = decoder.decode(found)
     wanted = model.decode_image_tokens(
         image_tokens=tokens_of(decoder, found), height=rows, width=columns

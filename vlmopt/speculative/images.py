@@ -143,19 +143,18 @@ class ImageDecoder(TokenDecoder):
         return self.layout.tokens
 
     def allowed(self, index: int) -> Tensor | None:
-        """Which ids may stand at a place of an image, bool ``[vocabulary]``; ``None`` for all.
+        """Which ids may stand at a place, bool ``[vocabulary]``; ``None`` for all.
 
         Args:
-            index: from 0, counted from the first token of the image.
-
-        Raises:
-            PreconditionError: an image has no such place.
+            index: from 0, counted from the first token of the image. Behind its last one, where
+                drafts may reach, anything may stand.
         """
-        forced = self.layout.forced(index)
-        if self.layout.vocabulary == self.codes:
+        layout = self.layout
+        if index >= layout.tokens or layout.vocabulary == layout.codes:
             return None
-        places = torch.arange(self.layout.vocabulary, device=next(self.head.parameters()).device)
-        return places < self.codes if forced is None else places == forced
+        forced = layout.forced(index)
+        places = torch.arange(layout.vocabulary, device=next(self.head.parameters()).device)
+        return places < layout.codes if forced is None else places == forced
 
     def decode(self, ids: Tensor) -> Tensor:
         """Pixels of whole images, as the autoencoder gives them.

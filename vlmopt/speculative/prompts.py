@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmopt.errors import PreconditionError
+from vlmopt.speculative.decoders import TokenDecoder
+from vlmopt.speculative.loop import Prefilled
 
 _ONE_FORWARD: dict[str, Any] = {
     "max_new_tokens": 1,
@@ -24,23 +25,6 @@ _ONE_FORWARD: dict[str, Any] = {
 
 _AXES = 3
 """Rows of positions in time, height and width; plain positions of text may stand before them."""
-
-
-@dataclass(frozen=True)
-class Prefilled:
-    """What a decoder holds of prompts; those of one batch may be branches of guidance.
-
-    Attributes:
-        past: keys and values of each layer, ``[branches, heads, tokens, width]``.
-        mask: bool ``[branches, tokens]``, false for padding.
-        features: ``[branches, tokens, width]``, hidden states behind the last norm.
-        next_position: int64 ``[branches]``, position of the first token behind the prompt.
-    """
-
-    past: list[tuple[Tensor, Tensor]]
-    mask: Tensor
-    features: Tensor
-    next_position: Tensor
 
 
 def guidance_batch(condition: Tensor, without: Tensor, pad: int) -> dict[str, Tensor]:
@@ -63,11 +47,12 @@ def guidance_batch(condition: Tensor, without: Tensor, pad: int) -> dict[str, Te
     return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
 
 
-def prefill(model: Any, inputs: Mapping[str, Any]) -> Prefilled:
+def prefill(model: Any, decoder: TokenDecoder, inputs: Mapping[str, Any]) -> Prefilled:
     """Let a Hugging Face model read prompts, text with or without images, in one forward.
 
     Args:
         model: one that generates.
+        decoder: the part of it that goes on, whose head says what its first token may be.
         inputs: as for ``model.generate``: ``input_ids`` or ``inputs_embeds``, image tensors, and
             the ``attention_mask``; without that, nothing is padding. Padding stands on the left.
 
@@ -75,7 +60,7 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Prefilled:
         PreconditionError: padding stands on the right, the decoder does not read each token of the
             prompt once, or a layer does not keep keys and values of each.
     """
-    mask = _mask(inputs)
+    present = _present(inputs)
     calls: list[tuple[Tensor | None, Any]] = []
 
     def record(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -84,26 +69,29 @@ def prefill(model: Any, inputs: Mapping[str, Any]) -> Prefilled:
     handle = model.get_decoder().register_forward_hook(record, with_kwargs=True)
     try:
         with torch.no_grad():
-            model.generate(**{**inputs, "attention_mask": mask.long()}, **_ONE_FORWARD)
+            model.generate(**{**inputs, "attention_mask": present.long()}, **_ONE_FORWARD)
     finally:
         handle.remove()
-    if len(calls) != 1 or calls[0][1].last_hidden_state.shape[:2] != mask.shape:
+    if len(calls) != 1 or calls[0][1].last_hidden_state.shape[:2] != present.shape:
         read = [list(output.last_hidden_state.shape[:2]) for _, output in calls]
         raise PreconditionError(
-            f"the decoder of {type(model).__name__} was to read {list(mask.shape)} tokens at once, "
-            f"and read {read}",
+            f"the decoder of {type(model).__name__} was to read {list(present.shape)} tokens at "
+            f"once, and read {read}",
             hint="pass prompts with one token for each that the decoder reads, and do not let "
             "generate() read them in chunks",
         )
     ((positions, output),) = calls
+    features = output.last_hidden_state
+    with torch.no_grad():
+        logits = decoder.head(features[:, -1])
     past = [
-        _keys_and_values(index, layer, mask.shape[1])
+        _keys_and_values(index, layer, present.shape[1])
         for index, layer in enumerate(output.past_key_values.layers)
     ]
-    return Prefilled(past, mask, output.last_hidden_state, _next_position(positions, mask))
+    return Prefilled(past, present, features, logits, _next_position(positions, present))
 
 
-def _mask(inputs: Mapping[str, Any]) -> Tensor:
+def _present(inputs: Mapping[str, Any]) -> Tensor:
     given = inputs.get("input_ids")
     given = inputs["inputs_embeds"][..., 0] if given is None else given
     mask = inputs.get("attention_mask")
@@ -129,10 +117,10 @@ def _keys_and_values(index: int, layer: Any, tokens: int) -> tuple[Tensor, Tenso
     return keys, values
 
 
-def _next_position(positions: Tensor | None, mask: Tensor) -> Tensor:
+def _next_position(positions: Tensor | None, present: Tensor) -> Tensor:
     """One more than the largest position of each prompt, whatever the axis."""
     if positions is None:  # the decoder counted all tokens
-        return torch.full((len(mask),), mask.shape[1], device=mask.device)
+        return torch.full((len(present),), present.shape[1], device=present.device)
     if positions.ndim == 3:
         positions = positions[-_AXES:].amax(0)
-    return positions.expand(mask.shape).masked_fill(~mask, -1).amax(1) + 1
+    return positions.expand(present.shape).masked_fill(~present, -1).amax(1) + 1
