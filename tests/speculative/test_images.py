@@ -28,9 +28,10 @@ from vlmopt.runtime.buffered import BufferedStage
 from vlmopt.runtime.draft_cache import DraftCache
 from vlmopt.speculative import tree
 from vlmopt.speculative.block import block_of
-from vlmopt.speculative.capture import VERIFY, DraftTree, capture_target
+from vlmopt.speculative.capture import VERIFY, DraftTree, capture_draft, capture_target
 from vlmopt.speculative.distribution import Sampling
 from vlmopt.speculative.drafters import Allowed, Context, Drafter
+from vlmopt.speculative.eagle import EagleDecoder, EagleHead
 from vlmopt.speculative.images import ImageDecoder, ImageLayout, image_decoder
 from vlmopt.speculative.loop import Prefilled
 from vlmopt.speculative.prompts import guidance_batch, prefill
@@ -142,6 +143,28 @@ def test_the_image_is_the_same_with_drafts(name: str, scale: float | None) -> No
     assert tokens_of(decoder, found.tokens).equal(wanted)
     accepted = set(found.statistics.accepted)
     assert 2 in accepted and accepted != {2}  # drafts, of which some were refused
+
+
+@every_model
+def test_the_image_is_the_same_with_a_draft_head(name: str) -> None:
+    """An untrained one, of the target's kind."""
+    decoder, wanted, trees = decoder_of(name), image_of(name, 3.0), DraftTree(2, 3, 6)
+    torch.manual_seed(1)
+    head = EagleHead.for_target(decoder)
+    assert type(head.decoder) is type(decoder.decoder)
+    inner: Any = decoder.decoder
+    layer = sum(p.numel() for p in inner.layers[0].parameters())
+    assert sum(p.numel() for p in head.parameters()) < 2 * layer  # one, and what joins two inputs
+    program = capture_target(decoder, trees, capacity=50, branches=2)
+    drafter = EagleDecoder(decoder, head).eval()
+    draft = capture_draft(drafter, trees, capacity=50, branches=2)
+    found = SpeculativeSession(program, draft, backend="eager").generate(
+        start_of(name, decoder, 3.0),
+        max_new_tokens=decoder.tokens,
+        sampling=Sampling(temperature=0.0, guidance=3.0),
+        allowed=decoder.allowed,
+    )
+    assert tokens_of(decoder, found.tokens).equal(wanted)
 
 
 @every_model
