@@ -100,10 +100,10 @@ def image_grid(autoencoder: Any) -> tuple[int, int] | None:
     sizes = getattr(autoencoder.quantize, "quant_state_dims", None)
     if sizes is not None:
         return int(sizes[0]), int(sizes[1])
-    config = autoencoder.config
+    config = getattr(autoencoder, "config", None)
     if (pixels := getattr(config, "resolution", None)) is None:
         return None
-    side = int(pixels) // 2 ** (len(config.channel_multiplier) - 1)
+    side = int(pixels) // 2 ** (len(getattr(config, "channel_multiplier", [1])) - 1)
     return side, side
 
 

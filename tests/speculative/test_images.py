@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.drafts import (
     read_text,
 )
 from tests.image_models import CODES, GRID, IMAGE_MODELS, PAD, PROMPT, autoencoder, build
+from vlmopt import families
 from vlmopt.errors import PreconditionError
 from vlmopt.program import Role
 from vlmopt.runtime.buffered import BufferedStage
@@ -111,7 +113,7 @@ class Guesses(Drafter):
         self.wrong = 0
 
     def draft(
-        self, context: Context, sampling: Sampling, allowed: Allowed
+        self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
         self.wrong += 1
         one, two = self.image[len(context.said) : len(context.said) + 2]
@@ -307,6 +309,13 @@ def test_sizes_of_images() -> None:
     with pytest.raises(PreconditionError, match="JanusVQVAE has 4 x 4"):
         image_decoder(build("janus"), grid=(4, 5))
     assert image_decoder(build("janus"), grid=(4, 4)).tokens == 16
+
+
+def test_several_ends_of_a_sequence() -> None:
+    """An image is written with the first."""
+    table = build("emu3").vocabulary_mapping
+    found = families.tokens_around_codes(table, SimpleNamespace(eos_token_id=[9, 3]))
+    assert found == (51, {"<|extra_201|>": 52, "<|image end|>": 53, "eos_token_id": 9})
 
 
 def test_vocabularies_without_the_tokens() -> None:

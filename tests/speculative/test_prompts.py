@@ -114,6 +114,11 @@ def test_padding_on_the_right() -> None:
         read(model(), {name: value.flip(1) for name, value in prompts.items()})
 
 
+def test_no_prompt() -> None:
+    with pytest.raises(PreconditionError, match=r"among the inputs \(attention_mask\)"):
+        read(model(), {"attention_mask": torch.ones(1, 3)})
+
+
 def test_layers_that_do_not_keep_all() -> None:
     windows = model("mistral", sliding_window=4)
     with pytest.raises(PreconditionError, match="layer 0 keeps keys of 3 tokens of a prompt of 9"):

@@ -15,7 +15,7 @@ from vlmopt.speculative.decoders import TokenDecoder, text_decoder
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Where the tokens of an image stand: rows of codes, and tokens that nothing may stand for.
+    """Where the tokens of an image stand: rows of codes, and tokens whose places are fixed.
 
     Ids below ``codes`` are codes.
 
@@ -129,7 +129,10 @@ class ImageDecoder(TokenDecoder):
 
     @property
     def codebook(self) -> Tensor:
-        """What codes look like: ``[codes, width]``, as stored, in the type of the model."""
+        """What codes look like: ``[codes, width]``, as stored, in the type of the model.
+
+        An autoencoder may bring them to unit length when it decodes.
+        """
         return _codebook(self.autoencoder).detach()
 
     @property
@@ -146,8 +149,8 @@ class ImageDecoder(TokenDecoder):
         """Which ids may stand at a place, bool ``[vocabulary]``; ``None`` for all.
 
         Args:
-            index: from 0, counted from the first token of the image. Behind its last one, where
-                drafts may reach, anything may stand.
+            index: from 0, the first token of the image, on. Behind the last one, where drafts may
+                reach, anything may stand.
         """
         layout = self.layout
         if index >= layout.tokens or layout.vocabulary == layout.codes:

@@ -57,8 +57,8 @@ def prefill(model: Any, decoder: TokenDecoder, inputs: Mapping[str, Any]) -> Pre
             the ``attention_mask``; without that, nothing is padding. Padding stands on the left.
 
     Raises:
-        PreconditionError: padding stands on the right, the decoder does not read each token of the
-            prompt once, or a layer does not keep keys and values of each.
+        PreconditionError: there is no prompt, or padding on its right, the decoder does not read
+            each token of it once, or a layer does not keep keys and values of each.
     """
     present = _present(inputs)
     calls: list[tuple[Tensor | None, Any]] = []
@@ -93,7 +93,13 @@ def prefill(model: Any, decoder: TokenDecoder, inputs: Mapping[str, Any]) -> Pre
 
 def _present(inputs: Mapping[str, Any]) -> Tensor:
     given = inputs.get("input_ids")
-    given = inputs["inputs_embeds"][..., 0] if given is None else given
+    if given is None and (embeds := inputs.get("inputs_embeds")) is not None:
+        given = embeds[..., 0]
+    if given is None:
+        raise PreconditionError(
+            f"there is no prompt among the inputs ({', '.join(inputs) or 'none'})",
+            hint="pass input_ids, or inputs_embeds",
+        )
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(given, dtype=torch.bool) if mask is None else mask.bool()
     if mask.shape != given.shape or not bool(mask[:, -1].all()):
