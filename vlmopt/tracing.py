@@ -395,8 +395,9 @@ def export_stage(
     )
     kwargs |= {key: constants[key] for key in returned if key in constants}
     try:
-        exported, _ = DynamoExporter().export_program(module, kwargs, config)  # type: ignore[arg-type]
-        graph_module, leaves = canonical_graph(exported)
+        with _quiet():
+            exported, _ = DynamoExporter().export_program(module, kwargs, config)  # type: ignore[arg-type]
+            graph_module, leaves = canonical_graph(exported)
     except VlmoptError:
         raise
     except Exception as error:

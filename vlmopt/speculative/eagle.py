@@ -8,6 +8,7 @@ goes on from features that it guessed itself.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vlmopt import families
 from vlmopt.speculative.decoders import TokenDecoder
 
 
@@ -24,17 +26,29 @@ class EagleHead(nn.Module):
     Args:
         config: of the target's decoder, a Hugging Face text configuration.
         layers: how many layers of the target's kind.
+        kind: the class of the target's decoder, where ``AutoModel`` knows none for ``config``; see
+            :meth:`for_target`.
     """
 
-    def __init__(self, config: Any, layers: int = 1) -> None:
+    def __init__(
+        self, config: Any, layers: int = 1, kind: Callable[[Any], nn.Module] | None = None
+    ) -> None:
         super().__init__()
         config = copy.deepcopy(config)
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
         self.fuse = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.decoder = AutoModel.from_config(config)
-        self.decoder.set_input_embeddings(nn.Identity())  # that of the target is used
+        decoder: Any = AutoModel.from_config(config) if kind is None else kind(config)
+        decoder.set_input_embeddings(nn.Identity())  # that of the target is used
+        for name in families.IMAGE_AUTOENCODERS:
+            decoder._modules.pop(name, None)
+        self.decoder = decoder
+
+    @classmethod
+    def for_target(cls, target: TokenDecoder, layers: int = 1) -> EagleHead:
+        """A head whose layers are of the kind that a target has."""
+        return cls(target.config, layers, type(target.decoder))
 
     def forward(self, embeds: Tensor, features: Tensor, **kwargs: Any) -> Any:
         """Guessed features of the tokens whose embeddings these are, ``[batch, tokens, width]``.
