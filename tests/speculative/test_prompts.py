@@ -12,9 +12,14 @@ from transformers import DynamicCache
 
 from tests.drafts import TOLERANCE, ids, model
 from vlmopt.errors import PreconditionError
+from vlmopt.speculative.capture import DraftTree, capture_draft, capture_target
 from vlmopt.speculative.decoders import text_decoder
+from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.drafters import PromptLookup
+from vlmopt.speculative.eagle import EagleDecoder, EagleHead
 from vlmopt.speculative.loop import Prefilled
 from vlmopt.speculative.prompts import guidance_batch, prefill
+from vlmopt.speculative.session import SpeculativeSession
 
 
 def read(language_model: Any, inputs: dict[str, Tensor]) -> Prefilled:
@@ -136,3 +141,30 @@ def test_prompts_read_in_chunks() -> None:
             read(language_model, {"input_ids": ids(9, 1)})
     finally:
         config.prefill_chunk_size = None
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl"])
+def test_text_about_images_is_that_of_the_model(name: str) -> None:
+    """Drafted by a head that knows nothing, and by looking the text up: nothing is lost."""
+    whole, inputs = zoo.build(name, layers=2), zoo.inputs(name)
+    decoder, trees = text_decoder(whole), DraftTree(depth=3, width=3, nodes=8)
+    config = whole.generation_config
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    wanted = whole.generate(**inputs, max_new_tokens=24, do_sample=False)
+    wanted = wanted[0, inputs["input_ids"].shape[1] :]
+    start = prefill(whole, decoder, inputs)
+    capacity = start.present.shape[1] + 24 + 14
+    target = capture_target(decoder, trees, capacity=capacity)
+    torch.manual_seed(0)
+    drafter = EagleDecoder(decoder, EagleHead.for_target(decoder)).eval()
+    head = capture_draft(drafter, trees, capacity=capacity)
+    for draft in (head, PromptLookup(trees.depth)):
+        session = SpeculativeSession(target, draft, backend="eager")
+        found = session.generate(
+            start,
+            max_new_tokens=24,
+            sampling=Sampling(temperature=0.0),
+            stop=[end for end in ends if end is not None],
+        )
+        assert found.tokens.equal(wanted)
+    assert found.statistics.tokens_per_forward > 1

@@ -81,7 +81,7 @@ def greedy(prompt: Tensor, new: int, guidance: float | None = None) -> Tensor:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_greedy_without_skips_is_plain_decoding(seed: int) -> None:
     prompt = ids(14, seed)
-    for draft in (drafter(), Oracle(prompt[0]), PromptLookup(3, prompt=prompt[0])):
+    for draft in (drafter(), Oracle(prompt[0]), PromptLookup(3)):
         found = session(draft=draft).generate(prompt, max_new_tokens=20, sampling=GREEDY)
         assert found.tokens.equal(greedy(prompt, 20))
         assert found.statistics.tokens == 20 and found.statistics.skipped == 0
@@ -93,7 +93,7 @@ def test_greedy_without_skips_is_plain_decoding(seed: int) -> None:
 def test_a_text_that_repeats_itself() -> None:
     """Untrained models soon say the same over and over, which the text itself foretells."""
     prompt = ids(4, 7)
-    lookup = PromptLookup(3, prompt=prompt[0])
+    lookup = PromptLookup(3)
     found = session(draft=lookup).generate(prompt, max_new_tokens=40, sampling=GREEDY)
     assert found.tokens.equal(greedy(prompt, 40))
     assert found.statistics.tokens_per_forward > 1.2

@@ -211,9 +211,7 @@ def measure(
         count - 1,
         progress=lambda done: progress(f"image {done + 1} of {count}"),
     )
-    results = [
-        Spoken(name, seconds[name], _together(found[name][1:])) for name in sessions
-    ]
+    results = [Spoken(name, seconds[name], _together(found[name][1:])) for name in sessions]
     return results, {name: torch.stack(tokens) for name, tokens in drawn.items()}
 
 

@@ -34,11 +34,14 @@ class Context:
             from, up to the root of this one.
         features: ``[branches, tokens, width]`` of the token before each of them.
         present: bool ``[branches, tokens]``; ``None`` where nothing is padding.
+        prompt: int64 ``[tokens]``, of the first branch; empty, where it is no text of the
+            vocabulary.
         said: int64 ``[tokens]``, all that was generated, and the root.
     """
 
     tokens: Tensor
     features: Tensor
+    prompt: Tensor
     said: Tensor
     present: Tensor | None = None
 
@@ -74,18 +77,16 @@ class PromptLookup(Drafter):
     Args:
         depth: tokens of a draft.
         longest: so many last tokens are looked for, then fewer.
-        prompt: int64 ``[tokens]``, looked through too.
     """
 
-    def __init__(self, depth: int, longest: int = 3, prompt: Tensor | None = None) -> None:
+    def __init__(self, depth: int, longest: int = 3) -> None:
         self.depth = depth
         self.longest = longest
-        self.prompt: list[int] = [] if prompt is None else prompt.tolist()
 
     def draft(
         self, context: Context, sampling: Sampling, allowed: Allowed | None
     ) -> tuple[Tensor, Tensor]:
-        text = self.prompt + context.said.tolist()
+        text = torch.cat([context.prompt, context.said]).tolist()
         for length in range(min(self.longest, len(text) - 1), 0, -1):
             last = text[-length:]
             for at in range(len(text) - length - 1, -1, -1):  # the latest first

@@ -33,6 +33,8 @@ class Prefilled:
         features: ``[branches, tokens, width]``, hidden states after the last norm.
         logits: ``[branches, vocabulary]`` of the first new token, not guided.
         position: int64 ``[branches]``, of the first new token.
+        ids: int64 ``[branches, tokens]``, of the vocabulary that new tokens are of, if there are;
+            for drafters that look into the prompt.
     """
 
     past: Sequence[tuple[Tensor, Tensor]]
@@ -40,6 +42,7 @@ class Prefilled:
     features: Tensor
     logits: Tensor
     position: Tensor
+    ids: Tensor | None = None
 
 
 @dataclass
@@ -122,6 +125,7 @@ class Loop:
         # what the drafter has not read of the tokens before the root, on each branch
         self._unread: Tensor
         self._present: Tensor | None = None
+        self._prompt = torch.empty(0, dtype=torch.int64)  # of the first branch
 
     def begin(self, prompt: Tensor | Prefilled, present: Tensor | None) -> None:
         """Read a prompt, and draw the first token."""
@@ -131,9 +135,13 @@ class Loop:
             if self.sampling.guidance is not None:
                 logits = guided(logits, self.sampling.guidance)
             self._unread = prompt.present.new_empty(len(features), 0, dtype=torch.int64)
+            ids, present = prompt.ids, prompt.present
         else:
             features, logits = self._read_prompt(prompt, present)
             self._unread, self._present = prompt[:, 1:], present
+            ids = prompt
+        if ids is not None:
+            self._prompt = (ids[0] if present is None else ids[0][present[0]]).cpu()
         nothing = torch.empty(0, dtype=torch.int64)
         self._progress = Progress.start(nothing, features, self.depth)
         (scores,) = self._scores(logits, torch.zeros(1, dtype=torch.int64))
@@ -165,7 +173,7 @@ class Loop:
         said = torch.cat([progress.tokens, self._root])
         branches = len(progress.drafting)
         read = torch.cat([self._unread, self._root.to(self._unread).expand(branches, 1)], 1)
-        context = Context(read, progress.drafting, said, self._present)
+        context = Context(read, progress.drafting, self._prompt, said, self._present)
         tokens, parents = self.drafter.draft(context, self.sampling, self.allowed)
         rows = self._rows_to_skip(tokens, parents)
         self.statistics.drafts += 1

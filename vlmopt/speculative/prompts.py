@@ -88,7 +88,9 @@ def prefill(model: Any, decoder: TokenDecoder, inputs: Mapping[str, Any]) -> Pre
         _keys_and_values(index, layer, present.shape[1])
         for index, layer in enumerate(output.past_key_values.layers)
     ]
-    return Prefilled(past, present, features, logits, _next_position(positions, present))
+    own = decoder.embed is model.get_input_embeddings()
+    ids = inputs.get("input_ids") if own else None
+    return Prefilled(past, present, features, logits, _next_position(positions, present), ids)
 
 
 def _present(inputs: Mapping[str, Any]) -> Tensor:
