@@ -12,9 +12,13 @@ from transformers import DynamicCache
 
 from tests.drafts import TOLERANCE, ids, model
 from vlmopt.errors import PreconditionError
+from vlmopt.speculative.capture import DraftTree, capture_target
 from vlmopt.speculative.decoders import text_decoder
+from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.drafters import PromptLookup
 from vlmopt.speculative.loop import Prefilled
 from vlmopt.speculative.prompts import guidance_batch, prefill
+from vlmopt.speculative.session import SpeculativeSession
 
 
 def read(language_model: Any, inputs: dict[str, Tensor]) -> Prefilled:
@@ -63,6 +67,19 @@ def test_prompts_with_images(name: str) -> None:
             for found, wanted in zip(start.past, one.past, strict=True):
                 for kept, alone in zip(found, wanted, strict=True):
                     torch.testing.assert_close(kept[sample][:, real], alone[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_drafts_behind_images(name: str) -> None:
+    """In a session, which takes over what the model has read."""
+    whole, inputs = zoo.build(name, layers=2), zoo.inputs(name)
+    whole.generation_config.eos_token_id = None
+    program = capture_target(text_decoder(whole), DraftTree(3, 1, 4), capacity=60)
+    session = SpeculativeSession(program, PromptLookup(3), backend="eager")
+    found = session.generate(read(whole, inputs), max_new_tokens=16, sampling=Sampling(0.0))
+    with torch.no_grad():
+        assert found.tokens.equal(generated(whole, inputs, 16)[0])
+    assert found.statistics.forwards < 15  # drafts were taken
 
 
 def test_positions_behind_images() -> None:
