@@ -77,5 +77,19 @@ def test_the_program_of_the_guide_to_denoising_runs(
     assert scope["video"].shape == (1, 3, 2, 4, 4)
 
 
+def test_the_page_on_speculative_decoding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    script = tmp_path / "guide.py"
+    script.write_text("\n".join(_python_blocks(ROOT / "docs" / "speculative.md")))
+    scope = runpy.run_path(str(script))
+    assert scope["drawn"].tokens.shape == (64,)
+    assert scope["image"].shape == (1, 1, 16, 16)
+    per_forward, skipped = (float(text) for text in capsys.readouterr().out.split())
+    assert per_forward > 1 and 0 < skipped < 0.5
+
+
 def _python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
