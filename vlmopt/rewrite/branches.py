@@ -412,11 +412,10 @@ def largest_rows(value: Tensor, count: int) -> Tensor:
         value: ``[batch, tokens, width]``.
 
     Returns:
-        int64 ``[batch, count]``, ascending.
+        int64 ``[batch, count]``, the largest first.
     """
     score = value.float().abs().mean(-1)
-    order = score.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=-1).values
+    return score.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def write_rows(state: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
