@@ -64,9 +64,7 @@ def load_scheduler(kind: str = "DDIMScheduler", **changes: Any) -> Any:
 
     Args:
         kind: name of its class, such as ``"DPMSolverMultistepScheduler"``.
-        changes: of its configuration, such as ``clip_sample=False``: the bundled one clips
-            estimates of the clean image, which brightens the background a little at each step,
-            and shows beyond 20 steps or so.
+        changes: of its configuration, such as ``timestep_spacing="leading"``.
 
     Raises:
         OptionError: diffusers has no such class.

@@ -14,6 +14,7 @@ from vlmopt.bench import caches, loops
 from vlmopt.denoising.plan import Action, Choice, Plan, Site
 from vlmopt.denoising.session import DenoiseSession
 from vlmopt.errors import OptionError, VerifyError
+from vlmopt.ops import packed
 
 pytest.importorskip("diffusers")
 
@@ -41,35 +42,54 @@ def flops(batch: int) -> tuple[int, int, int]:
     return block, gates, 2 * patches + 2 * batch * (time + 2 * width**2)
 
 
-def test_ways_to_run_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways_to_run_a_loop() -> None:
     found = loops.measure(SIZE, batch=3, steps=6, rounds=2)
-    plans = ["fixed-interval{interval=2}", "2/8 of the rows, interval 3"]
-    cached = ["first-block-cache", "first-block-cache of diffusers"]
-    assert list(found.ways) == [*plans, *cached]
-    assert list(found.seconds) == [*loops.BASELINES, *found.ways]
+    own = ["captured", "fixed-interval{interval=2}", "2/8 of the rows, interval 3"]
+    own = [f"{name}, inductor" for name in (*own, "first-block-cache")]
+    theirs = "first-block-cache of diffusers"
+    assert list(found.ways) == [*own, theirs]
+    assert list(found.seconds) == [loops.BASELINE, *found.ways]
     assert {len(times) for times in found.seconds.values()} == {2}
     assert list(found.missing) == ["cache-dit"]
     # uncompiled is eager; that of diffusers makes the same samples in another way
-    assert all(found.errors[at] == 0 for at in (*plans, "first-block-cache", *loops.BASELINES))
-    assert found.errors["first-block-cache of diffusers"] < 1e-5
+    assert all(found.errors[at] == 0 for at in (*own, loops.BASELINE))
+    assert found.errors[theirs] < 1e-5
     block, gates, around = flops(3)
     full = around + 4 * block
     reused = around + 4 * gates
-    assert found.ways[plans[0]].reuse == 0.5
-    assert found.ways[plans[0]].ideal == pytest.approx(2 * full / (full + reused))
-    assert found.ways[plans[1]].reuse == 4 / 6 * 6 / 8
-    assert found.ways["first-block-cache"] == found.ways["first-block-cache of diffusers"]
-    skipped = round(found.ways["first-block-cache"].reuse * 6 * 4 / 3)
+    captured, fixed, rows, cached = (found.ways[key] for key in own)
+    assert (captured.reuse, captured.ideal) == (0, 1)
+    assert fixed.reuse == 0.5
+    assert fixed.ideal == pytest.approx(2 * full / (full + reused))
+    assert rows.reuse == 4 / 6 * 6 / 8
+    assert (cached.reuse, cached.ideal) == (found.ways[theirs].reuse, found.ways[theirs].ideal)
+    skipped = round(cached.reuse * 6 * 4 / 3)
     assert 0 < skipped < 6
-    ideal = 6 * full / (6 * full - skipped * 3 * block)
-    assert found.ways["first-block-cache"].ideal == pytest.approx(ideal)
+    assert cached.ideal == pytest.approx(6 * full / (6 * full - skipped * 3 * block))
+    assert found.over_captured(own[0]) == loops.Ratio(1, 1, 1)
+    assert found.over_captured(theirs) is None
     document = json.loads(json.dumps(found.to_json()))
-    assert document["of_ideal"][plans[0]] == pytest.approx(
-        found.speedup(plans[0]).value / found.ways[plans[0]].ideal
+    assert document["of_ideal"][own[1]] == pytest.approx(
+        found.speedup(own[1]).value / fixed.ideal
     )
     lines = loops.table([found]).splitlines()
-    assert [line.split("|")[4].strip() for line in lines[2:8]] == list(found.seconds)
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines[2:8]]
+    assert [row[4] for row in cells] == ["inductor", *(way.name for way in found.ways.values())]
+    assert [row[5] for row in cells] == ["", *["inductor"] * 4, ""]
     assert lines[-1].startswith("Left out: cache-dit, since it cannot be imported: ")
+
+
+@pytest.mark.skipif(not packed.is_available(), reason="this PyTorch has no oneDNN")
+def test_several_backends_do_the_same() -> None:
+    backends = ("inductor", "onednn")
+    found = loops.measure(SIZE, batch=1, steps=6, backends=backends, rounds=1, libraries=())
+    names = [way.name for way in found.ways.values()]
+    assert names[::2] == names[1::2]
+    assert [way.backend for way in found.ways.values()] == [*backends] * 4
+    for one, two in zip(*[iter(found.ways.values())] * 2, strict=True):
+        assert (one.reuse, one.ideal) == (two.reuse, two.ideal)
+    assert found.errors["captured, inductor"] == 0
+    assert 0 < found.errors["captured, onednn"] < 1e-5
 
 
 def test_a_wrong_loop_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +102,7 @@ def test_a_wrong_loop_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             return {name: self.scale * one for name, one in super().run(values).items()}
 
     monkeypatch.setattr(loops, "DenoiseSession", Wrong)
-    with pytest.raises(VerifyError, match=r"^parity: captured: samples of Inductor"):
+    with pytest.raises(VerifyError, match=r"^parity: captured, inductor: samples of Inductor"):
         loops.measure(SIZE, batch=1, steps=4, rounds=1, libraries=())
 
 

@@ -112,7 +112,7 @@ def test_cosine_errors_of_the_card() -> None:
 
 def test_strongest_rows_come_by_magnitude_and_ties_to_the_front() -> None:
     given_ = torch.tensor([[[1.0, -1.0], [0.5, 0.5], [-3.0, 0.0], [1.0, 1.0]]])
-    assert largest_rows(given_, 2).tolist() == [[0, 2]]
+    assert largest_rows(given_, 3).tolist() == [[2, 0, 3]]
 
 
 def test_no_rows_is_reuse_and_all_rows_is_computation() -> None:

@@ -32,9 +32,11 @@ from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.program import Program
 from vlmopt.tracing import capture
 
-BASELINES = ("inductor", "captured")
-"""Every step in full: the untouched transformer of diffusers, compiled by Inductor, and vlmopt's
-graph of it, with a plan that computes everything."""
+BASELINE = "inductor"
+"""Every step in full: the untouched transformer of diffusers, compiled by Inductor."""
+
+CAPTURED = "captured"
+"""Every step in full: vlmopt's graph of it, with a plan that computes everything."""
 
 FIRST_BLOCK = "first-block-cache"
 """Name of vlmopt's, and first part of the names of those of other libraries."""
@@ -137,13 +139,23 @@ class Way:
     """One way to run the loop.
 
     Attributes:
+        name: of the loop.
+        backend: of :class:`~vlmopt.denoising.session.DenoiseSession`; empty for other libraries,
+            whose blocks Inductor compiles.
         reuse: share of the branches of all steps that are not computed; of one that is computed for
             some rows only, the share of the others.
         ideal: FLOPs of the loop in full over those of this one.
     """
 
+    name: str
+    backend: str
     reuse: float
     ideal: float
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others."""
+        return f"{self.name}, {self.backend}" if self.backend else self.name
 
 
 @dataclass(frozen=True)
@@ -153,8 +165,8 @@ class Loop:
     Attributes:
         batch: samples at a time.
         threshold: of first-block caches.
-        ways: by name, those of ``seconds`` but the baselines.
-        seconds: of a generation, one per round.
+        ways: by their keys.
+        seconds: of a generation, one per round, of the baseline and each way.
         errors: norm of the difference of compiled and eager samples, relative to their norm. Those
             of other libraries are compared with vlmopt's first-block cache in eager mode.
         missing: libraries that are left out, and why.
@@ -170,9 +182,14 @@ class Loop:
     errors: Mapping[str, float]
     missing: Mapping[str, str]
 
-    def speedup(self, way: str, over: str = "inductor") -> Ratio:
-        """Of a way over a baseline."""
+    def speedup(self, way: str, over: str = BASELINE) -> Ratio:
+        """Of a way over the baseline, or over another way."""
         return Ratio.of(self.seconds[over], self.seconds[way])
+
+    def over_captured(self, way: str) -> Ratio | None:
+        """Speed-up over all steps in full on the same backend; ``None`` for other libraries."""
+        captured = replace(self.ways[way], name=CAPTURED).key
+        return self.speedup(way, captured) if captured in self.ways else None
 
     @property
     def noisy(self) -> bool:
@@ -182,9 +199,9 @@ class Loop:
         """JSON values."""
         return {
             **asdict(self),
-            "speedup": {
-                way: {name: asdict(self.speedup(way, name)) for name in BASELINES}
-                for way in self.ways
+            "speedup": {way: asdict(self.speedup(way)) for way in self.ways},
+            "over_captured": {
+                way: asdict(ratio) for way in self.ways if (ratio := self.over_captured(way))
             },
             "of_ideal": {
                 name: self.speedup(name).value / way.ideal for name, way in self.ways.items()
@@ -201,18 +218,18 @@ def measure(
     interval: int = 2,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    backend: str = "inductor",
+    backends: Sequence[str] = ("inductor",),
     libraries: Sequence[str] = tuple(CACHES),
     rounds: int = 9,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Loop:
     """Build, capture, plan, compile, check, and then time.
 
-    All ways but the baselines reuse about as much as ``fixed-interval`` does.
+    All ways that reuse anything reuse about as much as ``fixed-interval`` does.
 
     Args:
         interval: steps from one computed in full to the next.
-        backend: of :class:`~vlmopt.denoising.session.DenoiseSession`.
+        backends: of :class:`~vlmopt.denoising.session.DenoiseSession`, for vlmopt's loops.
         libraries: of :data:`~vlmopt.bench.caches.CACHES`; one that is not installed is left out.
         rounds: how often each is run.
         progress: is told what is going on.
@@ -232,42 +249,46 @@ def measure(
     denoisers: dict[str, Denoiser] = {}
     ways: dict[str, Way] = {}
 
-    progress(f"{name}: compiling baselines")
-    wanted["inductor"] = generation.run(partial(_call, model))
-    denoisers["inductor"] = torch.compile(partial(_call, model), dynamic=False)
-    sites = find_branches(program["denoiser"])
-    rows = [one.tokens for one in sites]
-    compute = [Choice(Action.COMPUTE) for _ in sites]
-    plans = {"captured": _between(sites, steps, 1, compute), **_plans(program, interval)}
+    def add(way: Way, denoiser: Denoiser, reference: Tensor) -> None:
+        ways[way.key], denoisers[way.key], wanted[way.key] = way, denoiser, reference
+
+    progress(f"{name}: compiling the baseline")
+    wanted[BASELINE] = generation.run(partial(_call, model))
+    denoisers[BASELINE] = torch.compile(partial(_call, model), dynamic=False)
     whole = steps * stage_cost(program["denoiser"]).flops
-    for at, plan in plans.items():
-        progress(f"{name}: compiling {at}")
-        wanted[at] = generation.run(_following(DenoiseSession(program, plan, backend="eager")))
-        session = DenoiseSession(program, plan, backend=backend)
-        denoisers[at] = _following(session)
-        if at not in BASELINES:
-            ways[at] = Way(reuse_share(plan, rows), whole / loop_flops(session))
+    rows = [one.tokens for one in find_branches(program["denoiser"])]
+    for at, plan in _plans(program, interval).items():
+        eager = DenoiseSession(program, plan, backend="eager")
+        reference = generation.run(_following(eager))
+        share, ideal = reuse_share(plan, rows), whole / loop_flops(eager)
+        for backend in backends:
+            progress(f"{name}: compiling {at} for {backend}")
+            session = DenoiseSession(program, plan, backend=backend)
+            add(Way(at, backend, share, ideal), _following(session), reference)
 
     progress(f"{name}: looking for a threshold")
     cached = program.clone()
     run_pipeline(cached, FIRST_BLOCK)
-    session = DenoiseSession(cached, backend=backend)
-    share = next(iter(ways.values())).reuse * size.layers / (size.layers - 1)
+    sessions = {one: DenoiseSession(cached, backend=one) for one in backends}
+    share = next(way.reuse for way in ways.values() if way.reuse)
+    share *= size.layers / (size.layers - 1)  # of the blocks that may be skipped
+    session = sessions[backends[0]]
     threshold = _threshold(session, generation, min(round(share * steps), steps - 1))
-    denoisers[FIRST_BLOCK] = _following(session)
     eager = DenoiseSession(cached, backend="eager")
     eager.followed = session.followed
-    wanted[FIRST_BLOCK] = generation.run(_following(eager))
-    ways[FIRST_BLOCK] = _skipping(session, eager.computed, program)
+    reference = generation.run(_following(eager))
+    share, ideal = _skipping(session, eager.computed, program)
+    for backend, each in sessions.items():
+        each.followed = session.followed
+        add(Way(FIRST_BLOCK, backend, share, ideal), _following(each), reference)
     for library in libraries:
         if library in missing:
             continue
-        at = f"{FIRST_BLOCK} of {library}"
-        progress(f"{name}: compiling {at}")
+        progress(f"{name}: compiling that of {library}")
         cache = CACHES[library](model, threshold, steps)
-        denoisers[at] = _beginning(cache, steps)
-        wanted[at] = wanted[FIRST_BLOCK]
-        ways[at] = _skipping(session, _in_full(cache, generation), program)
+        share, ideal = _skipping(session, _in_full(cache, generation), program)
+        way = Way(f"{FIRST_BLOCK} of {library}", "", share, ideal)
+        add(way, _beginning(cache, steps), reference)
 
     errors = {at: difference(generation.run(run), wanted[at]) for at, run in denoisers.items()}
     for at, error in errors.items():
@@ -344,17 +365,18 @@ def _in_full(cache: Cached, generation: Generation) -> int:
 
 
 def _plans(program: Program, interval: int) -> dict[str, Plan]:
-    """Reuse of everything at fixed intervals; and of most rows, at intervals that are longer."""
+    """Nothing reused; everything, at fixed intervals; most rows, at intervals that are longer."""
     steps = program.metadata[LOOP]["steps"]
     sites = find_branches(program["denoiser"])
     rows = [one.tokens for one in sites]
-    reuse = [Choice(Action.REUSE) for _ in sites]
+    compute, reuse = ([Choice(action) for _ in sites] for action in (Action.COMPUTE, Action.REUSE))
     fixed = _between(sites, steps, interval, reuse)
     between = steps - len(range(0, steps, interval + 1))
     computed = 1 - reuse_share(fixed, rows) * steps / between
     eighths = min(max(round(SHARES * computed), 1), SHARES - 1)
     some = [Choice(Action.PARTIAL, count * eighths // SHARES) for count in rows]
     return {
+        CAPTURED: _between(sites, steps, 1, compute),
         f"fixed-interval{{interval={interval}}}": fixed,
         f"{eighths}/{SHARES} of the rows, interval {interval + 1}": _between(
             sites, steps, interval + 1, some
@@ -404,13 +426,16 @@ def _threshold(session: DenoiseSession, generation: Generation, skipped: int) ->
     return best[1]
 
 
-def _skipping(session: DenoiseSession, computed: int, program: Program) -> Way:
-    """A loop in which so many steps are in full, and of the others the first block."""
+def _skipping(session: DenoiseSession, computed: int, program: Program) -> tuple[float, float]:
+    """:attr:`Way.reuse` and :attr:`Way.ideal` of a loop in which so many steps are in full.
+
+    Of the others the first block is.
+    """
     steps = len(session.plan.steps)
     sites = session.plan.sites
     others = sum(site.layer > 0 for site in sites) / len(sites)
     whole = steps * stage_cost(program["denoiser"]).flops
-    return Way(others * (1 - computed / steps), whole / loop_flops(session, computed))
+    return others * (1 - computed / steps), whole / loop_flops(session, computed)
 
 
 def loop_flops(session: DenoiseSession, computed: float = 0) -> float:
@@ -438,6 +463,7 @@ def table(results: Sequence[Loop]) -> str:
         "dtype",
         "batch",
         "loop",
+        "backend",
         "reused",
         "time",
         "speed-up (90 %)",
@@ -449,21 +475,22 @@ def table(results: Sequence[Loop]) -> str:
     for result in results:
         size = f"{result.size.name}, {result.size.tokens} tokens"
         about = (size, result.dtype, str(result.batch))
-        for name in BASELINES:
-            time = milliseconds(result.seconds[name])
-            rows.append((*about, name, "0 %", time, "", "", "", ""))
-        for name, way in result.ways.items():
-            ratio, captured = result.speedup(name), result.speedup(name, "captured").value
+        time = milliseconds(result.seconds[BASELINE])
+        rows.append((*about, BASELINE, "", "0 %", time, "", "", "", ""))
+        for key, way in result.ways.items():
+            ratio, captured = result.speedup(key), result.over_captured(key)
+            share = f"{captured.value:.2f} ({captured.value / way.ideal:.2f})" if captured else ""
             rows.append(
                 (
                     *about,
-                    name,
+                    way.name,
+                    way.backend,
                     f"{100 * way.reuse:.0f} %",
-                    milliseconds(result.seconds[name]),
+                    milliseconds(result.seconds[key]),
                     ratio.text(noisy=result.noisy),
                     f"{way.ideal:.2f}",
                     f"{ratio.value / way.ideal:.2f}",
-                    f"{captured:.2f} ({captured / way.ideal:.2f})",
+                    share,
                 )
             )
     lines = [markdown(head, rows)]

@@ -27,7 +27,7 @@ from vlmopt.rewrite.emit import Emitter
 from vlmopt.rewrite.narrow import narrow_linears
 from vlmopt.rewrite.region import gather_tokens
 from vlmopt.rewrite.rows import run_on_rows
-from vlmopt.rewrite.tokens import put_back, remove_unused
+from vlmopt.rewrite.tokens import remove_unused
 
 aten = torch.ops.aten
 
@@ -323,7 +323,7 @@ class _Writer:
                 )
         run_on_rows(axes, emit, start, rows, slots, count)
         with graph.inserting_before(end.next):
-            whole = emit.trace(put_back, state, slots, None, end, names=("whole",))
+            whole = emit.trace(write_rows, state, slots, end, names=("whole",))
         values = {
             at: copies[self.site.branches[at].value] for at in others if at in self._in(copies)
         }
@@ -379,7 +379,7 @@ class _Writer:
             state = self._take(name, _role(name), linear)
             with self.stage.graph.inserting_before(linear.next):
                 new = emit.call(aten.linear.default, rows, *linear.args[1:], name="linear")
-                found[linear] = emit.trace(put_back, state, slots, None, new, names=("whole",))
+                found[linear] = emit.trace(write_rows, state, slots, new, names=("whole",))
             self.given[name] = found[linear]
         return found
 
@@ -412,11 +412,25 @@ def largest_rows(value: Tensor, count: int) -> Tensor:
         value: ``[batch, tokens, width]``.
 
     Returns:
-        int64 ``[batch, count]``, ascending.
+        int64 ``[batch, count]``, the largest first.
     """
     score = value.float().abs().mean(-1)
-    order = score.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=-1).values
+    return score.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def write_rows(state: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    """``state`` with other rows at ``slots``.
+
+    Of the operators that do this, it is the one that Inductor runs in place where the result is
+    written back into the state: no row that stays is copied.
+
+    Args:
+        state: ``[batch, tokens, width]``.
+        slots: int64 ``[batch, count]``.
+        rows: ``[batch, count, width]``, of the type of ``state``.
+    """
+    samples = torch.arange(len(state), device=state.device)[:, None]
+    return state.index_put((samples, slots), rows)
 
 
 def taylor_series(distance: Tensor, *factors: Tensor, site: int) -> Tensor:
