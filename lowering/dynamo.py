@@ -2,8 +2,9 @@
 
 Dynamo hands over torch-level graphs. The one in which image features are written into text
 embeddings is brought into canonical form, rewritten by the pipeline, and given to Inductor, which
-differentiates it too. Where all tokens of a graph are text, passes that need no vision apply. Every
-other graph goes to Inductor as it came.
+differentiates it too. So is one that holds a vision encoder, by passes that work on encoders. Where
+all tokens of a graph are text, passes that need no vision apply. Every other graph goes to Inductor
+as it came.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-
 from vlmopt.analysis.experts import find_experts
 from vlmopt.analysis.layers import find_layers
 from vlmopt.annotation import annotated_model_runs
 from vlmopt.errors import OptionError, PreconditionError
+from vlmopt.lowering.dynamo_encoder import (
+    EncoderBlocks,
+    find_encoder_blocks,
+    fixed_sizes,
+    may_hold_encoder,
+    put_back,
+    take_encoder,
+    takes_images,
+)
 from vlmopt.lowering.dynamo_graph import canonical_dynamo_graph
 from vlmopt.lowering.dynamo_tokens import (
     KEPT,
@@ -73,21 +82,15 @@ def vlmopt_backend(
     for one in passes:
         if one.needs_capture:
             raise OptionError(
-                f"{one.name} works on the vision encoder, which torch.compile does not show apart",
+                f"{one.name} cannot work under torch.compile: {one.needs_capture}",
                 hint="vlmopt.optimize(model, inputs, passes)",
             )
-    shown: _Shown | None = None
-    if may_hold_visual_tokens(gm, marked=annotated_model_runs()):
-        shown = _shown_tokens(gm, options)
+    shown = _shown_vision(gm, passes, options) or _text_alone(gm, passes, options)
     if shown is None:
-        passes = tuple(one for one in passes if not one.needs_vision)
-        text = _text_alone(gm, options) if passes and may_choose_experts(gm) else None
-        if text is None:
-            log.debug("graph of %d nodes: left to Inductor", len(gm.graph.nodes))
-            return chosen.lower(gm, example_inputs)
-        shown = text, None, []
+        log.debug("graph of %d nodes: left to Inductor", len(gm.graph.nodes))
+        return chosen.lower(gm, example_inputs)
     with torch._C._DisableAutocast():  # its casts are in the graph now
-        rewritten = _rewritten(*shown, passes)
+        rewritten = _rewritten(shown)
         return _without_autocast(chosen.lower(rewritten, example_inputs))
 
 
@@ -143,33 +146,93 @@ class _Options:
 # -- which graph ---------------------------------------------------------------------------------
 
 
-_Shown = tuple[fx.GraphModule, VisualTokens | None, list[int]]
+@dataclass(frozen=True)
+class _Shown:
+    """A graph that passes can work on.
 
-
-def _shown_tokens(gm: fx.GraphModule, options: Mapping[str, Any] | None) -> _Shown | None:
-    """``gm`` in canonical form, its visual tokens, and how many each sample has.
-
-    ``None`` if passes cannot work on it.
+    Attributes:
+        module: in canonical form.
+        passes: those that have something to do in it.
+        visual, counts: its visual tokens, and how many each sample has; ``None`` and none of text
+            alone, and where no pass asks for them.
+        blocks: its vision encoder, where a pass asks for it.
     """
-    canonical, written = canonical_dynamo_graph(gm)
-    found = find_visual_tokens(canonical.graph)
-    if found is None:
+
+    module: fx.GraphModule
+    passes: tuple[Pass, ...]
+    visual: VisualTokens | None = None
+    counts: tuple[int, ...] = ()
+    blocks: EncoderBlocks | None = None
+
+
+def _shown_vision(
+    gm: fx.GraphModule, passes: Sequence[Pass], options: Mapping[str, Any] | None
+) -> _Shown | None:
+    """``gm``, if it shows visual tokens, or a vision encoder, and passes that ask for these."""
+    look = _Look(
+        tokens=not all(one.in_encoder for one in passes)
+        and may_hold_visual_tokens(gm, marked=annotated_model_runs()),
+        encoder=any(one.in_encoder for one in passes) and may_hold_encoder(gm),
+        options=options,
+    )
+    if not look.tokens and not look.encoder:
         return None
-    if not found.enters_layers:
-        _warn_of_graph_break(found, options)
+    canonical, written = canonical_dynamo_graph(gm)
+    found, blocks = look.at(canonical.graph)
+    if found is None and blocks is None:
         return None
     _check_written(written)
-    counts = fixed_counts(found)
-    if any(isinstance(size, torch.SymInt) for size in (found.batch, found.total)):
+    counts = fixed_counts(found) if found is not None else []
+    sizes = fixed_sizes(blocks) if blocks is not None else []
+    if found is not None:
+        sizes += [found.batch, found.total]
+    if any(isinstance(size, torch.SymInt) for size in sizes):
         # fixing them settled symbols that the trace still holds open
         canonical, _ = canonical_dynamo_graph(gm)
-        found = find_visual_tokens(canonical.graph)
-        assert found is not None, "the same graph shows the same tokens"
-    return canonical, found, counts
+        found, blocks = look.at(canonical.graph)
+    asked = {True: blocks is not None, False: found is not None}
+    own = tuple(one for one in passes if asked[one.in_encoder])
+    return _Shown(canonical, own, found, tuple(counts), blocks)
 
 
-def _text_alone(gm: fx.GraphModule, options: Mapping[str, Any] | None) -> fx.GraphModule | None:
-    """``gm`` in canonical form, if it routes tokens to experts and all of them are text."""
+@dataclass(frozen=True)
+class _Look:
+    """What passes ask a graph for: visual tokens in front of a decoder, a vision encoder."""
+
+    tokens: bool
+    encoder: bool
+    options: Mapping[str, Any] | None
+
+    def at(self, graph: fx.Graph) -> tuple[VisualTokens | None, EncoderBlocks | None]:
+        """Those of a canonical graph that passes can work on."""
+        found = find_visual_tokens(graph)
+        blocks = None
+        if self.encoder:
+            blocks = find_encoder_blocks(graph, found.anchor if found is not None else None)
+            if blocks is None and takes_images(graph):
+                _warn_once(_NO_BLOCKS, self.options)
+        if found is None or not self.tokens:
+            return None, blocks
+        if not found.enters_layers:
+            _warn_of_graph_break(found, self.options)
+            return None, blocks
+        return found, blocks
+
+
+_NO_BLOCKS = (
+    "vlmopt: this graph takes images, but holds no list of blocks that attend to their patches (by "
+    "scaled_dot_product_attention), so that passes for vision encoders do not apply; a graph break "
+    "may separate them: use vlmopt.optimize(model, inputs, passes)"
+)
+
+
+def _text_alone(
+    gm: fx.GraphModule, passes: Sequence[Pass], options: Mapping[str, Any] | None
+) -> _Shown | None:
+    """``gm``, if it routes tokens to experts, all of them are text, and passes need no vision."""
+    passes = tuple(one for one in passes if not (one.needs_vision or one.in_encoder))
+    if not passes or not may_choose_experts(gm):
+        return None
     canonical, written = canonical_dynamo_graph(gm)
     stage = Stage("model", canonical, (), ())
     found = find_experts(stage)
@@ -186,7 +249,7 @@ def _text_alone(gm: fx.GraphModule, options: Mapping[str, Any] | None) -> fx.Gra
             )
         return None
     _check_written(written)
-    return canonical
+    return _Shown(canonical, passes)
 
 
 def _check_written(names: list[str]) -> None:
@@ -197,7 +260,7 @@ def _check_written(names: list[str]) -> None:
         )
 
 
-_warned: dict[int, Mapping[str, Any] | None] = {}
+_warned: dict[tuple[int, str], Mapping[str, Any] | None] = {}
 
 
 def _warn_of_graph_break(found: VisualTokens, options: Mapping[str, Any] | None) -> None:
@@ -218,62 +281,91 @@ def _warn_of_graph_break(found: VisualTokens, options: Mapping[str, Any] | None)
 
 def _warn_once(message: str, options: Mapping[str, Any] | None) -> None:
     """Once for each call of ``torch.compile``: its options are one object for all graphs."""
-    if id(options) not in _warned:
-        _warned[id(options)] = options  # held, so that no other object gets its id
+    if (id(options), message) not in _warned:
+        _warned[id(options), message] = options  # held, so that no other object gets its id
         warnings.warn(message, stacklevel=2)
 
 
 # -- its rewrite ---------------------------------------------------------------------------------
 
 
-def _rewritten(
-    module: fx.GraphModule,
-    found: VisualTokens | None,
-    counts: list[int],
-    passes: Sequence[Pass],
-) -> fx.GraphModule:
-    """``module`` after the passes, with as many outputs as before.
-
-    Args:
-        found, counts: visual tokens, and how many each sample has; ``None`` and none of text alone.
-    """
-    graph = module.graph
-    results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    windows = {at: window for at, value in enumerate(results) if (window := _Window.of(value))}
-    for at, window in windows.items():
-        results[at] = window.source
-    stage = _stage(module, found, counts, [v for v in results if isinstance(v, fx.Node)])
-    report = run_pipeline(Program({stage.name: stage}, model_type="torch.compile"), passes)
+def _rewritten(shown: _Shown) -> fx.GraphModule:
+    """The graph after the passes, with as many outputs as before."""
+    module, stages, inputs = shown.module, [], {}
+    if shown.blocks is not None:
+        encoder, inputs = take_encoder(module, shown.blocks)
+        stages.append(encoder)
+    tokens = None
+    if not all(one.in_encoder for one in shown.passes):
+        tokens = _Tokens.of(module, shown.visual, list(shown.counts))
+        stages.append(tokens.stage)
+    program = Program({stage.name: stage for stage in stages}, model_type="torch.compile")
+    report = run_pipeline(program, shown.passes)
     log.debug(
         "%s on a graph with %s visual tokens: %s",
         report.pipeline,
-        counts,
+        list(shown.counts),
         [dict(record.result.statistics) for record in report.records],
     )
-    graph = stage.graph
-    # what passes added to the outputs is for vlmopt's runtime, which has no part in this program
-    values = iter(zip(stage.outputs, graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
-    emit = _emitter(stage, graph.output_node())
-    known = stage.facts.get("modality")
-    prompt = cast("Any", next((n for n in graph.nodes if n.name == known), None))
-    with graph.inserting_before(graph.output_node()):
-        for at, value in enumerate(results):
-            if isinstance(value, fx.Node):
-                port, results[at] = next(values)
-                if at in windows:
-                    kept = stage.output_node(port.kept) if port.kept else None
-                    results[at] = windows[at].put_back(emit, results[at], kept, prompt)
-        if found is not None and stage.cuts and not found.counts and len(counts) > 1:
-            _assert_equal_counts(emit, prompt, counts[0])
-    last_kept = stage.output_node(stage.last_cut.kept) if stage.last_cut else None
-    graph.output_node().args = (tuple(results),)
-    for node in graph.find_nodes(op="call_function", target=KEPT):
-        if last_kept is not None:
-            node.replace_all_uses_with(last_kept)
-    graph.eliminate_dead_code()
-    graph.lint()
-    stage.graph_module.recompile()
-    return stage.graph_module
+    if tokens is not None:
+        tokens.finish()
+        module = tokens.stage.graph_module
+    if shown.blocks is not None:
+        put_back(encoder, module, inputs)
+    return module
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A graph in which tokens flow, as a stage, and how its outputs were arranged.
+
+    Attributes:
+        found, counts: visual tokens, and how many each sample has; ``None`` and none of text alone.
+        results: what the graph gave; of a window, what it is the end of.
+        windows: by place among these.
+    """
+
+    stage: Stage
+    found: VisualTokens | None
+    counts: list[int]
+    results: list[Any]
+    windows: dict[int, _Window]
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, found: VisualTokens | None, counts: list[int]) -> _Tokens:
+        results: list[Any] = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
+        windows = {at: window for at, value in enumerate(results) if (window := _Window.of(value))}
+        for at, window in windows.items():
+            results[at] = window.source
+        stage = _stage(module, found, counts, [v for v in results if isinstance(v, fx.Node)])
+        return cls(stage, found, counts, results, windows)
+
+    def finish(self) -> None:
+        """Arrange the outputs of the rewritten stage as those of the graph were."""
+        stage, graph, results = self.stage, self.stage.graph, list(self.results)
+        # what passes added to the outputs is for vlmopt's runtime, which has no part in this
+        values = iter(zip(stage.outputs, graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+        emit = _emitter(stage, graph.output_node())
+        known = stage.facts.get("modality")
+        prompt = cast("Any", next((n for n in graph.nodes if n.name == known), None))
+        with graph.inserting_before(graph.output_node()):
+            for at, value in enumerate(results):
+                if isinstance(value, fx.Node):
+                    port, results[at] = next(values)
+                    if at in self.windows:
+                        kept = stage.output_node(port.kept) if port.kept else None
+                        results[at] = self.windows[at].put_back(emit, results[at], kept, prompt)
+            unchecked = self.found is not None and not self.found.counts
+            if unchecked and stage.cuts and len(self.counts) > 1:
+                _assert_equal_counts(emit, prompt, self.counts[0])
+        last_kept = stage.output_node(stage.last_cut.kept) if stage.last_cut else None
+        graph.output_node().args = (tuple(results),)
+        for node in graph.find_nodes(op="call_function", target=KEPT):
+            if last_kept is not None:
+                node.replace_all_uses_with(last_kept)
+        graph.eliminate_dead_code()
+        graph.lint()
+        stage.graph_module.recompile()
 
 
 def _stage(

@@ -10,10 +10,11 @@ import pytest
 import torch
 import zoo
 from torch import nn
+from transformers.exporters.utils import precompute_export_inputs
 
 import vlmopt
 from tests.toys import Block
-from vlmopt.encoding import Encoding
+from vlmopt.encoding import Encoding, named_tensors
 from vlmopt.errors import CaptureError
 from vlmopt.graph.text import stage_text
 from vlmopt.graph.verify import verify_program
@@ -231,3 +232,29 @@ def test_a_model_that_encodes_its_prompt_apart_is_refused() -> None:
     model = BartForConditionalGeneration(config)
     with pytest.raises(CaptureError, match="its decoder holds no visual tokens"):
         vlmopt.capture(model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
+
+
+@pytest.mark.parametrize(
+    ("family", "grids"),
+    [
+        ("qwen2_5_vl", [(6, 6)]),  # windows of 16, 8, 8 and 4 patches
+        ("qwen2_5_vl", [(6, 8), (6, 8)]),
+        ("qwen2_vl", [(8, 8), (4, 8)]),
+        ("qwen3_vl", [(8, 8), (4, 8)]),
+    ],
+)
+def test_parts_of_unequal_length_stay_apart(family: str, grids: list[tuple[int, int]]) -> None:
+    """The exporter takes windows, and images of one row, to be equally long."""
+    model = zoo.build(family, layers=1)
+    for name, parameter in model.get_encoder("image").named_parameters():
+        if "qkv" in name:  # attention that tells patches apart
+            parameter.data *= 20
+    inputs = zoo.of_grid(zoo.inputs(family, images=(len(grids),)), grids)
+    stage = vlmopt.capture(model, inputs)["vision_encoder"]
+    given = {"hidden_states": inputs["pixel_values"], "grid_thw": inputs["image_grid_thw"]}
+    precompute_export_inputs(model.get_encoder("image"), given)
+    values = dict(named_tensors(given))
+    with torch.no_grad():
+        found = stage.graph_module(*(values[port.name] for port in stage.inputs))[0]
+        encoded = model.get_encoder("image")(inputs["pixel_values"], inputs["image_grid_thw"])
+    torch.testing.assert_close(found, encoded.pooler_output, atol=1e-5, rtol=1e-5)

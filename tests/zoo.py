@@ -855,6 +855,27 @@ def inputs(
     return batch_inputs
 
 
+def of_grid(
+    inputs: dict[str, torch.Tensor], grids: list[tuple[int, int]], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Inputs of one sample of a Qwen model, with images of so many rows and columns of patches."""
+    ids = inputs["input_ids"]
+    images = torch.nonzero(ids[0] == IMAGE)[:, 0].view(len(grids), -1)
+    stays = torch.ones_like(ids[0]).bool()
+    for places, (rows, columns) in zip(images, grids, strict=True):
+        stays[places[rows * columns // 4 :]] = False
+    found = {
+        name: value[:, stays] if value.shape == ids.shape else value
+        for name, value in inputs.items()
+    }
+    count = sum(rows * columns for rows, columns in grids)
+    generator = torch.Generator().manual_seed(seed)
+    shape = count, inputs["pixel_values"].shape[1]
+    found["pixel_values"] = torch.randn(shape, generator=generator)
+    found["image_grid_thw"] = torch.tensor([[1, *grid] for grid in grids])
+    return found
+
+
 def alone(
     batch_inputs: dict[str, torch.Tensor], sample: int, images: tuple[int, ...] = ()
 ) -> dict[str, torch.Tensor]:

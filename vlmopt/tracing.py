@@ -35,6 +35,7 @@ from vlmopt.graph.canonical import canonical_graph
 from vlmopt.graph.causal import drop_constant_masks
 from vlmopt.program import Modality, Port, Program, Role, Stage
 from vlmopt.rewrite.emit import propagate
+from vlmopt.rewrite.windows import part_unevenly
 
 Inputs = Mapping[str, Any] | Sequence[Any]
 
@@ -406,9 +407,12 @@ def export_stage(
             hint="run with -v for the tracer's own message",
         ) from error
     stage = _stage(name, graph_module, leaves, exported.call_spec)
-    _drop_unread_inputs(stage)
     assert exported.example_inputs is not None, "the exporter traces with examples"
-    return stage, exported.example_inputs[1]
+    given = exported.example_inputs[1]
+    if name == "vision_encoder":
+        part_unevenly(stage, given)
+    _drop_unread_inputs(stage)
+    return stage, given
 
 
 def _drop_unread_inputs(stage: Stage) -> None:

@@ -23,7 +23,7 @@ class Stepwise(Pass):
     family = "denoise"
     phase = Phase.REDUCE
     semantics = Semantics.LOSSY
-    needs_capture = True
+    needs_capture = "it makes stages for the steps of a loop, which one graph does not show"
     needs_vision = False
 
     steps: int = option(0, "of the loop; 0: those it was captured in", ge=0)

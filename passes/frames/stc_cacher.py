@@ -49,7 +49,7 @@ class StcCacher(Pass):
     family = "frames"
     phase = Phase.REDUCE
     semantics = Semantics.LOSSY
-    needs_capture = True
+    needs_capture = "it makes two stages of the encoder, which take turns"
     example = "stc-cacher{interval=4 ratio=0.25}"
     reference = "arXiv 2512.00891"
 

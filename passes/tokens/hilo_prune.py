@@ -20,6 +20,7 @@ from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Modality, Program
 from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.encoded import NEEDS_ROUTES
 from vlmopt.rewrite.fusion import raise_attention
 
 
@@ -41,7 +42,7 @@ class HiLoPrune(TokenDrop):
     example = "hilo-prune{layers=2 keep=0.1}"
     reference = "CVPR 2026"
     reads = ("selection",)
-    needs_capture = True
+    needs_capture = NEEDS_ROUTES
     first_layer = 1
     rounding = "round"
 

@@ -18,7 +18,7 @@ from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext, PassResult
 from vlmopt.program import Port, Program, Role
-from vlmopt.rewrite.encoded import encoding_of
+from vlmopt.rewrite.encoded import NEEDS_ROUTES, encoding_of
 from vlmopt.rewrite.exits import require_untouched
 from vlmopt.rewrite.patches import Patches, find_patches
 from vlmopt.rewrite.pruning import prune_patches
@@ -35,7 +35,7 @@ class PatchPrune(TokenDrop):
 
     reads = ("encoded_kept",)
     bounded = True
-    needs_capture = True
+    needs_capture = NEEDS_ROUTES
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,), le=0)
 

@@ -14,6 +14,7 @@ from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.passes.tokens.select import take
 from vlmopt.pipeline.options import option, override
 from vlmopt.program import Program
+from vlmopt.rewrite.encoded import NEEDS_ROUTES
 from vlmopt.rewrite.projector import Projector, projector_before
 
 
@@ -45,7 +46,7 @@ class RankedMerge(TokenDrop):
 
     reads = ("encoded_attention", "encoded_keys", "valid", "present")
     compact = True
-    needs_capture = True
+    needs_capture = NEEDS_ROUTES
     merges = True
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))

@@ -10,6 +10,7 @@ from vlmopt.ops.selection import farthest_point
 from vlmopt.passes.tokens import select
 from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
+from vlmopt.rewrite.encoded import NEEDS_ROUTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class SCoRe(TokenDrop):
     reference = "CVPR 2026"
     reads = ("encoded_attention", "encoded_features_or_hidden", "valid", "count")
     compact = True
-    needs_capture = True
+    needs_capture = NEEDS_ROUTES
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))

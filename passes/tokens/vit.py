@@ -87,7 +87,7 @@ class TokenMerge(Pass):
     family = "tokens"
     phase = Phase.REDUCE
     semantics = Semantics.LOSSY
-    needs_capture = True
+    in_encoder = True
 
     keep: float | int = option(
         0,

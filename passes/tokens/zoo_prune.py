@@ -14,6 +14,7 @@ from vlmopt.passes.tokens.base import TokenDrop
 from vlmopt.pipeline.options import option, override
 from vlmopt.pipeline.passes import PassContext, PassResult
 from vlmopt.program import Program
+from vlmopt.rewrite.encoded import NEEDS_ROUTES
 from vlmopt.rewrite.projector import Projector, find_projector
 
 
@@ -39,7 +40,7 @@ class ZooPrune(TokenDrop):
     reference = "arXiv 2509.24837"
     reads = ("encoded_rows", "hidden", "valid", "count", "project")
     compact = True
-    needs_capture = True
+    needs_capture = NEEDS_ROUTES
 
     layers: tuple[int, ...] = override(TokenDrop, "layers", (0,))
     keep: tuple[float | int, ...] = override(TokenDrop, "keep", (0.11,))

@@ -96,9 +96,24 @@ def _qwen_order(side: int) -> list[tuple[int, int]]:
 def row_places(family: str, side: int) -> list[tuple[int, int] | None]:
     """Where on the page the rows of its encoder lie."""
     if family.startswith(("qwen", "glm")):
-        return list(_qwen_order(side))
+        places = _qwen_order(side)
+        if family == "qwen2_5_vl":  # window by window
+            tokens = window_order(side // 2)
+            places = [places[4 * token + patch] for token in tokens for patch in range(4)]
+        return list(places)
     plain = [(y, x) for y in range(side) for x in range(side)]
     return [None, *plain] if family in ("llava", "internvl", "vipllava") else list(plain)
+
+
+def window_order(side: int) -> list[int]:
+    """Tokens of an image in the order of windows of 2 by 2 of them."""
+    return [
+        (wy + y) * side + wx + x
+        for wy in range(0, side, 2)
+        for wx in range(0, side, 2)
+        for y in range(min(2, side - wy))
+        for x in range(min(2, side - wx))
+    ]
 
 
 def ink(sheet: torch.Tensor, tau_e: float) -> list[list[float]]:
@@ -206,7 +221,7 @@ class PrunedOracle(ReducedOracle):  # type: ignore[misc]
     def active(self) -> Iterator[None]:
         tower = set(self.model.get_encoder("image").modules())
         images = len(self.seen_rows)
-        calls: dict[Any, int] = {}
+        reached: dict[Any, int] = {}
         with super().active():
             original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -214,11 +229,13 @@ class PrunedOracle(ReducedOracle):  # type: ignore[misc]
                 module: Any, query: Any, key: Any, value: Any, *args: Any, **kw: Any
             ) -> Any:
                 if module in tower:
-                    number = calls.get(module, 0)
-                    calls[module] = number + 1
                     seen = self.seen_rows
-                    if len(query) != images:  # one image after the other
-                        seen = seen[number % images][None]
+                    if len(query) != images:  # one image, or window, after the other
+                        start = reached.get(module, 0)
+                        end = start + query.shape[2]
+                        reached[module] = end % seen.numel()
+                        seen = seen.flatten()[None, start:end]
+                        seen = seen | ~seen.any()  # nobody reads what is gone from a whole window
                     args = ()
                     kw["attention_mask"] = seen[:, None, None, :].expand(-1, 1, query.shape[2], -1)
                 return original(module, query, key, value, *args, **kw)

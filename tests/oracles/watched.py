@@ -15,11 +15,19 @@ class Watched:
 
     Args:
         prune: which of the embeddings ``[1, tokens, width]`` of a chunk stay, if not all do.
+        renumber: those that stay take up positions without gaps.
     """
 
-    def __init__(self, model: Any, prune: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prune: Callable[[Tensor], Tensor] | None = None,
+        *,
+        renumber: bool = True,
+    ) -> None:
         self.model = model
         self.prune = prune
+        self.renumber = renumber
         self.cache = DynamicCache()
         self.visible = torch.zeros(0, dtype=torch.bool)
 
@@ -32,7 +40,8 @@ class Watched:
                 places = torch.arange(embeds.shape[1])[None]
             if chunk and self.prune is not None:
                 stay = self.prune(embeds)
-                embeds, places = embeds[:, stay], places[..., : len(stay)]
+                places = places[..., : len(stay)] if self.renumber else places[..., stay]
+                embeds = embeds[:, stay]
             tokens = embeds.shape[1]
             past = self.visible.expand(tokens, -1)
             mask = torch.cat([past, torch.ones(tokens, tokens).tril().bool()], 1)

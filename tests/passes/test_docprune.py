@@ -126,7 +126,7 @@ def captured(family: str) -> Program:
     return _captured(family).clone()
 
 
-MERGE = {"smolvlm": 2, "internvl": 2, "qwen2_vl": 2, "qwen3_vl": 2, "glm4v": 2}
+MERGE = dict.fromkeys(("smolvlm", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"), 2)
 SIZE = {"llava": 32, "gemma3": 32, "vipllava": 32}
 NORMALISED = "mean=0.5,0.5,0.5 std=0.25,0.25,0.25"
 
@@ -166,7 +166,7 @@ def oracle_of(
 
 
 class TestBackground:
-    @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2_vl", "qwen3_vl"])
+    @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
     def test_it_equals_its_eager_reference(self, family: str) -> None:
         sheets, inputs = prompt(family)
         tau = 0.6 if family == "llava" else 0.5
@@ -210,10 +210,41 @@ class TestBackground:
         with pytest.raises(PreconditionError, match="a mask keeps them apart"):
             run_pipeline(program, "bg-prune{keep=0.5}")
 
-    def test_windows_are_refused(self) -> None:
-        program = captured("qwen2_5_vl")
-        with pytest.raises(PreconditionError, match="cut it into windows"):
+    def test_windows_that_end_with_the_image(self) -> None:
+        """Three by three tokens, in windows of 2 x 2, 2 x 1, 1 x 2 and one."""
+        sheets = docprune.pages(1, 48, seed=1)
+        inputs = zoo.of_grid(zoo.inputs("qwen2_5_vl"), [(6, 6)])
+        inputs["pixel_values"] = docprune.pixel_values("qwen2_5_vl", sheets, 0.5, 0.25)
+        stay = of_background(sheets, 2, 0.5, 5)
+        assert len(stay[0]) == 5
+        oracle = oracle_of("qwen2_5_vl", sheets, inputs, stay)
+        text = f"bg-prune{{tau_bg=0.5 keep=5 {NORMALISED}}}"
+        check(zoo.build("qwen2_5_vl"), inputs, text, oracle, tokens=4)
+
+    @pytest.mark.parametrize(
+        ("grids", "message"),
+        [
+            ([(6, 6), (6, 6)], "within windows of different sizes, in the rows of several"),
+            ([(8, 8), (4, 8)], "a mask keeps them apart"),
+        ],
+    )
+    def test_what_differs_in_size(self, grids: list[tuple[int, int]], message: str) -> None:
+        inputs = zoo.of_grid(zoo.inputs("qwen2_5_vl", images=(2,)), grids)
+        program = vlmopt.capture(zoo.build("qwen2_5_vl"), inputs)
+        with pytest.raises(PreconditionError, match=message):
             run_pipeline(program, "bg-prune{keep=0.5}")
+
+    def test_nothing_is_seen_in_a_window_without_ink(self) -> None:
+        """Fillers alone are left there; what they compute reaches nobody."""
+        sheets, inputs = prompt("qwen2_5_vl", text=(6, 6, 6))
+        sheets[:, :32] = 255
+        inputs["pixel_values"] = docprune.pixel_values("qwen2_5_vl", sheets, 0.5, 0.25)
+        stay = of_background(sheets, 2, 0.5, 15)
+        assert all(row >= 2 for kept in stay for row, _ in kept)
+        assert max(map(len, stay)) < 9  # so that fillers stand in both upper windows
+        oracle = oracle_of("qwen2_5_vl", sheets, inputs, stay)
+        text = f"bg-prune{{tau_bg=0.5 keep=15 {NORMALISED}}}"
+        check(zoo.build("qwen2_5_vl"), inputs, text, oracle, tokens=4)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -326,7 +357,7 @@ class TestQuestion:
 
 
 class TestTogether:
-    @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+    @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl"])
     def test_it_equals_its_eager_reference(self, family: str) -> None:
         sheets, inputs = prompt(family)
         asked(inputs, 3)

@@ -18,6 +18,7 @@ from vlmopt.errors import PreconditionError
 from vlmopt.passes.frames.evs import EfficientVideoSampling
 from vlmopt.passes.frames.novelty import Memory
 from vlmopt.passes.frames.stc_pruner import StcPruner
+from vlmopt.pipeline.manager import run_pipeline
 
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "evs": ("evs{frames=2 keep=0.75}", lambda: evs(2, nearly(0.75))),
@@ -51,10 +52,44 @@ def test_what_did_not_change_goes_first() -> None:
     hidden[0, 6 + 2] *= -1
     hidden[0, 18 + 5] *= -1
     one = EfficientVideoSampling(frames=4, keep=(9,))
-    score = one.score(hidden, torch.ones(1, 24).bool())
-    best = score[0].sort(descending=True, stable=True).indices[: one.quota(24, 9)]
+    score, _ = one.watch(one.by_frame(hidden), None)
+    best = score.flatten().sort(descending=True, stable=True).indices[: one.quota(24, 9)]
     assert best.sort().values.tolist() == [0, 1, 2, 3, 4, 5, 8, 14, 23]
     assert one.quota(24, 0.1) == 6  # never fewer than a frame has
+
+
+@pytest.mark.parametrize("each", [1, 2, 3])
+def test_change_is_the_same_in_chunks(each: int) -> None:
+    """Of six frames, however many come at a time: across the border of two chunks as elsewhere."""
+    whole = EfficientVideoSampling(frames=6)
+    hidden = frames(6, 5)
+    wanted, _ = whole.watch(whole.by_frame(hidden), None)
+    one = EfficientVideoSampling(frames=each, carry=True)
+    memory, found = one.empty(5, 8), []
+    size = {name: value.shape for name, value in memory.items()}
+    for chunk in hidden.split(5 * each, 1):
+        scores, memory = one.watch(one.by_frame(chunk), memory)
+        assert {name: value.shape for name, value in memory.items()} == size
+        found.append(scores)
+    assert torch.equal(torch.cat(found, 1), wanted)
+    assert memory["frames"] == 6
+
+
+def test_a_stream_keeps_as_many_of_each_chunk() -> None:
+    """Of a first frame that does not fit, tokens that lie apart: no two of six are neighbours."""
+    one = EfficientVideoSampling(frames=1, keep=(0.25,), carry=True)
+    assert one.quota(24, 0.25) == 6
+    scores, _ = one.watch(frames(1, 24).view(1, 1, 24, 8), one.empty(24, 8))
+    best = scores.flatten().sort(descending=True, stable=True).indices[:6].sort().values
+    assert best.diff().min() > 1
+    assert scores.min() > 2  # than which no change is larger
+
+
+def test_a_batch_is_no_stream() -> None:
+    inputs = zoo.inputs("llava", batch=2, images=(2, 2))
+    program = vlmopt.capture(zoo.build("llava"), inputs)
+    with pytest.raises(PreconditionError, match="a batch of 2 prompts is no stream"):
+        run_pipeline(program, "evs{frames=2 carry=true}")
 
 
 def stays(one: StcPruner, hidden: torch.Tensor) -> torch.Tensor:

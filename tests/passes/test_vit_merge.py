@@ -16,7 +16,6 @@ import torch
 import zoo
 from oracles import vit
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
 import vlmopt
 from vlmopt import artifacts
@@ -349,15 +348,6 @@ def test_causal_and_masked_blocks_are_refused() -> None:
     nothing = vlmopt.capture(Masked(lambda: torch.ones(26, 26, dtype=torch.bool)), images)
     run_pipeline(nothing, "tome{r=2}")
     assert nothing["model"].facts["merges"][-1]["tokens"] == [22, 20]
-
-
-def test_torch_compile_does_not_leave_merging_out() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        encoders.build("vit"), backend="vlmopt", options={"passes": "tome", "lowering": "eager"}
-    )
-    with pytest.raises(BackendCompilerFailed, match="tome works on the vision encoder, which"):
-        compiled(encoders.images())
 
 
 def test_a_program_without_an_encoder_is_refused() -> None:

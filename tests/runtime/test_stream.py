@@ -151,6 +151,69 @@ def test_the_pruner_remembers_the_stream() -> None:
     )
 
 
+def pair(seed: int, again: bool = False) -> dict[str, Tensor]:
+    """Two pictures with a little text before and behind them; the second may be the first again."""
+    found = zoo.inputs("llava", text=(2,), images=(2,), seed=seed)
+    if again:
+        found["pixel_values"][1] = found["pixel_values"][0]
+    return found
+
+
+@functools.cache
+def sampled() -> StreamingModel:
+    passes = "evs{frames=2 keep=0.5 carry=true}"
+    return StreamingModel(model(), pair(0), passes, backend="eager", chunks=2, text=24, block=4)
+
+
+def test_what_changes_is_told_from_chunk_to_chunk() -> None:
+    """Each frame is compared with the one before, whose chunk may be gone; positions are kept."""
+    shown = zoo.visual(pair(0))[0]
+    last: list[Tensor] = []
+
+    def prune(embeds: Tensor) -> Tensor:
+        frames = embeds[0, shown].unflatten(0, (2, -1)).double()
+        change = []
+        for frame in frames:
+            alike = torch.cosine_similarity(frame, last[-1], dim=-1) if last else None
+            change.append(torch.full((16,), 9.0) if alike is None else 1 - alike)
+            last.append(frame)
+        order = torch.cat(change).sort(descending=True, stable=True).indices[:16]
+        stays = ~shown
+        stays[shown.nonzero()[order, 0]] = True
+        return stays.nonzero()[:, 0]
+
+    session, oracle = sampled().session(), Watched(model(), prune, renumber=False)
+    each, left = len(shown), len(shown) - 16
+    for seed in range(4):
+        session.append(**pair(seed))
+        if seed >= 2:
+            oracle.forget((seed - 2) * left, (seed - 1) * left)
+        oracle.feed(pair(seed), seed * each, chunk=True)
+    assert session.usage.position == 4 * each
+    answer, logits = ask(session, words(5, 9))
+    wanted = expect(oracle, words(5, 9), answer, 4 * each)
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_clip_in_chunks_is_the_whole_clip() -> None:
+    """Where each chunk has room for what changed in it: here one frame of two, every time."""
+    chunks, ids = [pair(0, again=True), pair(3)], words(5, 9)
+    session = sampled().session()
+    for given in chunks:
+        session.append(**given)
+    answer, logits = ask(session, ids)
+    whole = {
+        "input_ids": torch.cat([*(given["input_ids"] for given in chunks), ids], 1),
+        "pixel_values": torch.cat([given["pixel_values"] for given in chunks]),
+    }
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    optimized = vlmopt.optimize(model(), whole, "evs{frames=4 keep=0.5}", backend="eager")
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    found = optimized.generate(**whole, **how, return_dict_in_generate=True, output_logits=True)
+    assert found.sequences[0, -3:].equal(answer[0])
+    torch.testing.assert_close(logits, torch.cat(found.logits), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "passes", ["v2drop{layers=1 keep=0.5}", "random-drop{layers=0,1 keep=0.5}", "visionzip{keep=4}"]
 )
@@ -236,6 +299,17 @@ def test_saved_in_the_middle(tmp_path: Path) -> None:
         first.save(tmp_path / "stream.safetensors")
     with pytest.raises(ArtifactError, match="passes"):
         pruned().session().restore(tmp_path / "stream.safetensors")
+
+
+def test_the_last_frame_is_saved(tmp_path: Path) -> None:
+    first, second = sampled().session(), sampled().session()
+    first.append(**pair(0))
+    first.save(tmp_path / "stream.safetensors")
+    second.append(**pair(90))
+    second.restore(tmp_path / "stream.safetensors")
+    for session in (first, second):
+        session.append(**pair(1))
+    assert ask(first, words(5, 0))[1].equal(ask(second, words(5, 0))[1])
 
 
 def test_state_of_another_memory() -> None:

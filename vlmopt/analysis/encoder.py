@@ -11,7 +11,7 @@ from torch import fx
 from vlmopt.analysis.layers import Layers, find_layers, layer_of
 from vlmopt.errors import PreconditionError
 from vlmopt.graph.attention import attention_mask, is_causal
-from vlmopt.graph.reach import reached, sources
+from vlmopt.graph.reach import is_weight, reached, sources
 from vlmopt.program import Program, Stage
 
 aten = torch.ops.aten
@@ -148,7 +148,8 @@ class _Origins:
     def __init__(self, graph: fx.Graph) -> None:
         self.from_inputs: set[fx.Node] = set()
         for node in graph.nodes:
-            if node.op == "placeholder" or any(v in self.from_inputs for v in node.all_input_nodes):
+            given = node.op == "placeholder" and not is_weight(node)
+            if given or any(value in self.from_inputs for value in node.all_input_nodes):
                 self.from_inputs.add(node)
 
     def runs(self, node: fx.Node) -> list[tuple[bool, int]]:

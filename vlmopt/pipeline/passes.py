@@ -112,8 +112,10 @@ class Pass(Configurable):
     """paper and arXiv id"""
     example: ClassVar[str] = ""
     """a pipeline text that shows typical options"""
-    needs_capture: ClassVar[bool] = False
-    """rewrites or reads a stage that only ``vlmopt.capture`` tells apart, the vision encoder"""
+    needs_capture: ClassVar[str] = ""
+    """why it works on what ``vlmopt.capture`` makes alone, and under ``torch.compile`` not"""
+    in_encoder: ClassVar[bool] = False
+    """works on a vision encoder alone, whatever reads it"""
     needs_vision: ClassVar[bool] = True
     """has nothing to do where all tokens are text"""
     zero_matches_ok: ClassVar[bool] = False

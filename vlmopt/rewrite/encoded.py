@@ -25,6 +25,9 @@ from vlmopt.rewrite.emit import Emitter
 
 aten = torch.ops.aten
 
+NEEDS_ROUTES = "it has to know which token of the prompt each patch becomes"
+"""Why a pass needs ``vlmopt.capture``."""
+
 FEATURES = "features"
 """What enters the projector: no output of the encoder, the runtime takes it from there."""
 

@@ -41,6 +41,8 @@ class Patches:
         pixels: name of the input that holds the images; ``None`` where patches are no rectangles
             side by side.
         first, offsets: as in :func:`vlmopt.encoding._pixels_of_rows`.
+        windows: some blocks attend within windows of an image, runs of its rows: in so many
+            ``parts``, or ``masked``; empty where none does.
     """
 
     stage: Stage
@@ -54,6 +56,7 @@ class Patches:
     pixels: str | None
     first: tuple[int, ...]
     offsets: tuple[int, ...]
+    windows: str
 
     @property
     def entry(self) -> fx.Node:
@@ -134,13 +137,20 @@ def find_patches(program: Program) -> Patches:
 
     Raises:
         PreconditionError: it is not known which token a patch becomes; or images have no rows of
-            their own, or become different numbers of tokens.
+            their own, or become different numbers of tokens; or windows differ in size.
     """
     facts = encoding_of(program)
     stage = program["vision_encoder"]
     layers = find_layers(stage)
-    _require_whole_images(stage)
-    images, rows = _images_and_rows(stage, layers)
+    masked = _masked(stage, layers)
+    images, rows, parted = _images_and_rows(stage, layers)
+    if masked and parted:
+        raise PreconditionError(
+            f"blocks of stage {stage.name} attend within windows of different sizes, in the rows of "
+            "several images at once",
+            node=layers.entries[0],
+            hint="capture with one image, or with images that windows divide evenly",
+        )
     tokens = facts["rows"]["tokens"]
     if len(tokens) != images * rows:
         raise PreconditionError(
@@ -177,48 +187,64 @@ def find_patches(program: Program) -> Patches:
         pixels.get("input"),
         tuple(pixels.get("first", ())),
         tuple(pixels.get("offsets", ())),
+        "masked" if masked else "parts" if parted else "",
     )
 
 
-def _require_whole_images(stage: Stage) -> None:
-    """Refuse attention with a mask that is the same for all inputs: it tells images apart."""
+def _masked(stage: Stage, layers: Layers) -> bool:
+    """Whether attention of some blocks has a mask that is the same for all inputs: windows.
+
+    Raises:
+        PreconditionError: that of all blocks has one, which tells images apart.
+    """
     twin = stage.clone()
     drop_constant_masks(twin.graph)  # those that hide nothing
-    for node in twin.graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    ):
-        mask = attention_mask(node)
-        if mask is None or any(one.op == "placeholder" for one in reached([mask], sources)):
-            continue
+    masked = [
+        node
+        for node in twin.graph.find_nodes(
+            op="call_function", target=aten.scaled_dot_product_attention.default
+        )
+        if (mask := attention_mask(node)) is not None
+        and not any(one.op == "placeholder" for one in reached([mask], sources))
+    ]
+    if len(masked) == len(layers):
         raise PreconditionError(
             f"the blocks of stage {stage.name} take the patches of all images in one row, and a "
             "mask keeps them apart",
-            node=node,
+            node=masked[0],
             hint="prune in the language model instead, for example with comprehension-prune; or "
             "capture with one image",
         )
+    return bool(masked)
 
 
-def _images_and_rows(stage: Stage, layers: Layers) -> tuple[int, int]:
+def _images_and_rows(stage: Stage, layers: Layers) -> tuple[int, int, bool]:
+    """Images, rows of each, and whether some blocks attend in more parts, within windows."""
     attentions = [
         node for node in layers.of if node.target is aten.scaled_dot_product_attention.default
     ]
-    shapes = {tuple(node.args[0].meta["val"].shape) for node in attentions}  # type: ignore[union-attr]
-    sizes = {(shape[0], shape[-2]) for shape in shapes if len(shape) == 4}
-    entering = math.prod(layers.entries[0].meta["val"].shape[:-1])
-    if len(sizes) != 1 or len(attentions) != len(layers) or any(map(is_causal, attentions)):
+    if len(attentions) > len(layers):
         raise PreconditionError(
-            f"the blocks of stage {stage.name} do not attend among all patches of an image: they "
-            "cut it into windows, or images differ in size",
-            node=layers.entries[0],
-            hint="prune in the language model instead, for example with comprehension-prune; or "
-            "batch prompts with images of one size",
-        )
-    ((images, rows),) = sizes
-    if images * rows != entering:
-        raise PreconditionError(
-            f"{entering} rows enter the blocks of stage {stage.name}, which attend among "
-            f"{images} times {rows}",
+            f"blocks of stage {stage.name} attend several times each",
             node=attentions[0],
+            hint="prune in the language model instead, for example with comprehension-prune",
         )
-    return images, rows
+    shapes = {tuple(node.args[0].meta["val"].shape) for node in attentions}  # type: ignore[union-attr]
+    sizes = sorted((shape[0], shape[-2]) for shape in shapes if len(shape) == 4)
+    entering = math.prod(layers.entries[0].meta["val"].shape[:-1])
+    if not sizes or len(attentions) != len(layers) or any(map(is_causal, attentions)):
+        raise PreconditionError(
+            f"the blocks of stage {stage.name} do not attend among all patches of an image",
+            node=layers.entries[0],
+            hint="prune in the language model instead, for example with comprehension-prune",
+        )
+    # as many parts as there are images where all patches see each other, more where windows do
+    images, rows = sizes[0]
+    for parts, length in sizes:
+        if parts * length != entering or parts % images:
+            raise PreconditionError(
+                f"{entering} rows enter the blocks of stage {stage.name}, which attend among "
+                f"{parts} times {length}",
+                node=attentions[0],
+            )
+    return images, rows, len(sizes) > 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, fx
 
+from vlmopt.analysis.blocks import find_blocks
+from vlmopt.analysis.layers import find_layers
 from vlmopt.analysis.token_axes import B, Dims, T, follow_tokens
 from vlmopt.graph.attention import attention_mask, replace_mask
 from vlmopt.pipeline.passes import PassContext
@@ -18,6 +21,7 @@ from vlmopt.rewrite.exits import mark_exits, remove_exit, restore_rows
 from vlmopt.rewrite.patches import Patches
 from vlmopt.rewrite.region import gather_tokens, shorten_region
 from vlmopt.rewrite.tokens import is_mask, later_of, mask_fillers, remove_unused
+from vlmopt.rewrite.windows import widen_windows
 
 aten = torch.ops.aten
 
@@ -35,7 +39,8 @@ def prune_patches(
 ) -> None:
     """Run the blocks on the patches of ``count`` tokens of each image.
 
-    Behind the blocks each row is there again; those of patches that were left out hold anything.
+    Attention within windows stays there, among the patches of a window that are left. Behind the
+    blocks each row is there again; those of patches that were left out hold anything.
     Which these are leaves the stage as a further output, :data:`~vlmopt.rewrite.encoded.KEPT`.
 
     Args:
@@ -45,9 +50,13 @@ def prune_patches(
 
     Raises:
         UnsupportedOperatorError: the blocks cannot run on fewer patches.
+        BlockMismatchError: they attend within windows, and are built otherwise than is known.
     """
-    stage, entry = patches.stage, patches.entry
-    graph = stage.graph
+    stage, graph = patches.stage, patches.stage.graph
+    if patches.windows == "parts":
+        widen_windows(stage, find_blocks(stage), ctx)
+        patches = replace(patches, layers=find_layers(stage))
+    entry = patches.entry
     emitter = partial(Emitter.of_pass, ctx, stage, prefix=prefix)
     exits = mark_exits(graph, patches.layers, entry, emitter)
     batch = patches.images if patches.images != 1 else None
@@ -76,7 +85,8 @@ def prune_patches(
         with graph.inserting_before(later_of(graph, value, anchor)):
             fewer = gather_tokens(emit, value, found, lambda _: slots, name=value.name)
             if is_mask(axes, value):
-                fewer = emit.trace(mask_fillers, fewer, valid, names=("mask",))
+                hide = _in_window if patches.windows else mask_fillers
+                fewer = emit.trace(hide, fewer, valid, names=("mask",))
         frontier[value] = fewer
     with graph.inserting_before(anchor):
         visible = emit.call(aten.view.default, valid, [patches.images, 1, 1, length], name="mask")
@@ -90,6 +100,15 @@ def prune_patches(
             remove_exit(alias, restore_rows(alias, places, axes.dims[alias], emitter(alias)))
     remove_unused(stage, but={kept})
     stage.add_output(Port(f"encoded_{KEPT}", Role.ENCODED), kept)
+
+
+def _in_window(mask: Tensor, valid: Tensor) -> Tensor:
+    """A mask ``[..., queries, keys]`` that hides fillers, too; from themselves it does not.
+
+    All patches of a window may be gone but for fillers, and no row may see nothing.
+    """
+    own = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    return mask_fillers(mask, valid) | own
 
 
 def _rows(

@@ -420,11 +420,15 @@ def _original_slots(site: CutSite) -> tuple[int, ...]:
 
 def remove_unused(stage: Stage, but: AbstractSet[fx.Node] = frozenset()) -> None:
     """Delete what no output needs, inputs apart; check the graph and make it callable again."""
-    stage.graph.eliminate_dead_code(
+    remove_unread(stage.graph_module, but)
+
+
+def remove_unread(module: fx.GraphModule, but: AbstractSet[fx.Node] = frozenset()) -> None:
+    """:func:`remove_unused` for a graph that is no stage."""
+    module.graph.eliminate_dead_code(
         is_impure_node=lambda node: node.op in ("placeholder", "output") or node in but
     )
-    read = {str(node.target) for node in stage.graph.find_nodes(op="get_attr")}
-    module = stage.graph_module
+    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
     held = [
         *(name for name, _ in module.named_parameters(remove_duplicate=False)),
         *(name for name, _ in module.named_buffers(remove_duplicate=False)),
@@ -433,8 +437,8 @@ def remove_unused(stage: Stage, but: AbstractSet[fx.Node] = frozenset()) -> None
         if path not in read:
             parent, _, name = path.rpartition(".")
             delattr(module.get_submodule(parent), name)
-    stage.graph.lint()
-    stage.graph_module.recompile()
+    module.graph.lint()
+    module.recompile()
 
 
 def _outputs_on_kept(stage: Stage, axes: TokenAxes, kept: str) -> tuple[Port, ...]:

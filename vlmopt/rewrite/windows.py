@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +33,12 @@ def widen_windows(
         BlockMismatchError: windows are not runs of the rows that enter.
     """
     windowed = [block for block in blocks if block.window != block.tokens]
-    attention = {
-        block.layer: _widen(block, Emitter.of_pass(ctx, stage, block.attention, "window", match))
-        for match, block in enumerate(blocks, start=1)
-        if block in windowed
-    }
+    attention = {}
+    for match, block in enumerate(blocks, start=1):
+        if block in windowed:
+            emit = Emitter.of_pass(ctx, stage, block.attention, "window", match)
+            number = [row // block.window for row in range(block.tokens)]
+            attention[block.layer] = _widen(block.attention, block.images, number, emit)
     if windowed:
         remove_unused(stage)
     return tuple(
@@ -46,21 +47,65 @@ def widen_windows(
     )
 
 
-def _widen(block: EncoderBlock, emit: Emitter) -> fx.Node:
-    old, rows = block.attention, block.images * block.tokens
+def part_unevenly(stage: Stage, given: Mapping[str, Any]) -> None:
+    """Let attention keep to the parts of one row of patches that the model's inputs tell.
+
+    The exporter cuts the row into as many parts of equal length, images or windows, and only
+    asserts that they are. Where they are not, attention runs over the whole row, and a mask hides
+    the other parts.
+
+    Args:
+        given: what the encoder was traced with: ``cu_...`` holds where parts begin and end.
+    """
+    uneven = {}
+    for name, ends in given.items():
+        if name.startswith("cu_") and isinstance(ends, Tensor):
+            lengths = ends.diff().tolist()
+            if len(set(lengths)) > 1:
+                uneven[len(lengths)] = lengths
+    changed = False
+    for node in stage.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    ):
+        shape = node.meta["val"].shape
+        lengths = uneven.get(shape[0], []) if len(shape) == 4 else []
+        if lengths and sum(lengths) == shape[0] * shape[2]:
+            number = [at for at, length in enumerate(lengths) for _ in range(length)]
+            emit = Emitter(
+                stage.graph,
+                stamp=lambda node: None,
+                place=node,
+                prefix="parts",
+                fake_mode=stage.fake_mode(),
+            )
+            _widen(node, 1, number, emit)
+            changed = True
+    if changed:
+        remove_unused(stage)
+
+
+def _widen(old: fx.Node, images: int, number: list[int], emit: Emitter) -> fx.Node:
+    """Attention over whole images, where rows see those of their own window.
+
+    Args:
+        old: over windows, ``[windows, heads, rows, size]``, of all images one after the other.
+        number: of the window of each row of an image.
+    """
+    tokens = len(number)
     given = attention_arguments(old)
     groups, heads, window, size = (int(n) for n in old.meta["val"].shape)
-    whole = [_rows_of(given[name], rows, (groups, window)) for name in ("query", "key", "value")]
-    result = _rows_from(old, rows)
-    extra = {name: old.kwargs[name] for name in ("scale",) if name in old.kwargs}
+    whole = [
+        _rows_of(given[name], images * tokens, (groups, window))
+        for name in ("query", "key", "value")
+    ]
+    result = _rows_from(old, images * tokens)
+    extra = {name: old.kwargs[name] for name in ("scale", "enable_gqa") if name in old.kwargs}
     with emit.graph.inserting_before(old):
-        mask = emit.trace(
-            lambda rows: _same_window(block.tokens, window, rows.device), whole[0], names=("mask",)
-        )
+        mask = emit.trace(lambda rows: _same(number, rows.device), whole[0], names=("mask",))
         parts = []
         for value in whole:
-            shape = [block.images, block.tokens, heads, size]
-            parts.append(emit.call(aten.reshape.default, value, shape))
+            shape = [images, tokens, int(value.meta["val"].numel()) // (images * tokens * size)]
+            parts.append(emit.call(aten.reshape.default, value, [*shape, size]))
         parts = [emit.call(aten.transpose.int, part, 1, 2) for part in parts]
         attention = emit.call(old.target, *parts, mask, 0.0, False, name="attention", **extra)
         back = emit.call(aten.transpose.int, attention, 1, 2)
@@ -99,10 +144,10 @@ def _counts(node: fx.Node, rows: int) -> bool:
     return isinstance(value, Tensor) and int(value.shape[0]) == rows
 
 
-def _same_window(tokens: int, window: int, device: torch.device) -> Tensor:
-    """Bool ``[tokens, tokens]``."""
-    number = torch.arange(tokens, device=device) // window
-    return number[:, None] == number
+def _same(number: list[int], device: torch.device) -> Tensor:
+    """Bool ``[tokens, tokens]``: which rows have the same number."""
+    numbers = torch.tensor(number, device=device)
+    return numbers[:, None] == numbers
 
 
 def _mismatch(node: fx.Node) -> BlockMismatchError:
