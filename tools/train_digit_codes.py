@@ -84,6 +84,7 @@ GUIDANCE = (1.0, 4.0)  # range of scales under which the draft head is trained
 
 MEASURED_GUIDANCE = (1.0, 2.0, 3.0, 4.0)
 MEASURED_TOP = (1, 5, 10)
+MEASURED_SEQUENCES = 200  # along which agreement is measured, or as many as there are samples
 MEASURED_DEPTHS = 4
 
 
@@ -100,6 +101,34 @@ class Outcome:
     steps: int
     minutes: float
     losses: str
+
+
+class Log:
+    """Prints means of named values every so many steps of a stage.
+
+    Args:
+        name: of the stage.
+        pace: its steps.
+        every: steps between two lines.
+    """
+
+    def __init__(self, name: str, pace: Pace, every: int) -> None:
+        self._name, self._pace, self._every = name, pace, every
+        self._meter, self._means = Meter(), ""
+
+    def add(self, **values: float) -> None:
+        """Takes the values of a step."""
+        self._meter.add(**values)
+        if self._pace.steps % self._every == 0:
+            self._means, minutes = self._meter.report(), self._pace.minutes
+            print(
+                f"{self._name} {self._pace.steps:5d}  {minutes:5.1f} min  {self._means}", flush=True
+            )
+
+    def outcome(self) -> Outcome:
+        """Of the stage as it stands."""
+        means = self._means or self._meter.report()
+        return Outcome(self._pace.steps, self._pace.minutes, means)
 
 
 class Book:
@@ -127,7 +156,7 @@ class Book:
         self.sizes.lerp_(codes.bincount(minlength=CODES).float(), 1 - CODE_DECAY)
         sums = torch.zeros_like(self.sums).index_add_(0, codes, features)
         self.sums.lerp_(sums, 1 - CODE_DECAY)
-        unused = (self.sizes < OUT_OF_USE * self.mean).nonzero()[:, 0]
+        unused = (self.sizes < OUT_OF_USE * self.mean).nonzero()[: len(features), 0]
         if revive and len(unused):
             apart = (features - self.codebook[codes]).square().sum(-1)
             chosen = torch.multinomial(apart + 1e-9, len(unused), generator=self.generator)
@@ -147,8 +176,8 @@ def train_autoencoder(images: Tensor, options: argparse.Namespace) -> tuple[Auto
     vq.codebook.requires_grad_(False)  # it follows the features
     book = Book(vq.codebook.data, options.batch, generator)
     optimizer = torch.optim.AdamW(parameter_groups(vq, 0.01), lr=options.lr, betas=(0.9, 0.99))
-    meter, seen = Meter(), ""
     pace = Pace(options.autoencoder_steps, AUTOENCODER_SHARE * options.minutes)
+    log = Log("autoencoder", pace, options.log_every)
     for progress in pace:
         chosen = torch.randint(len(images), (options.batch,), generator=generator)
         clean = moved(images[chosen], generator)
@@ -163,11 +192,8 @@ def train_autoencoder(images: Tensor, options: argparse.Namespace) -> tuple[Auto
         descend(error + COMMITMENT * coded * apart, optimizer, vq, rate)
         book.learn(features.detach().flatten(0, 1), codes.flatten(), progress < REVIVED_UNTIL)
         used = len(codes.unique()) / CODES
-        meter.add(error=error.item(), apart=apart.item(), used=used)
-        if pace.steps % options.log_every == 0:
-            seen = meter.report()
-            print(f"autoencoder {pace.steps:5d}  {pace.minutes:5.1f} min  {seen}", flush=True)
-    return vq.eval(), Outcome(pace.steps, pace.minutes, seen or meter.report())
+        log.add(error=error.item(), apart=apart.item(), used=used)
+    return vq.eval(), log.outcome()
 
 
 def build_model() -> Any:
@@ -200,9 +226,9 @@ def train_model(
     """Trains ``model`` in place."""
     generator = torch.Generator().manual_seed(options.seed + 1)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=options.lr, betas=(0.9, 0.98))
-    meter, seen = Meter(), ""
     saved = time.monotonic()
     pace = Pace(options.steps, MODEL_SHARE * options.minutes)
+    log = Log("model", pace, options.log_every)
     for progress in pace:
         chosen = torch.randint(len(images), (options.batch,), generator=generator)
         codes = vq.encode(moved(images[chosen], generator))
@@ -214,14 +240,11 @@ def train_model(
         loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
         descend(loss, optimizer, model, learning_rate(progress, options.lr))
         right = (logits.argmax(-1) == codes).float().mean()
-        meter.add(loss=loss.item(), right=right.item())
-        if pace.steps % options.log_every == 0:
-            seen = meter.report()
-            print(f"model {pace.steps:5d}  {pace.minutes:5.1f} min  {seen}", flush=True)
+        log.add(loss=loss.item(), right=right.item())
         if time.monotonic() - saved > 60 * options.checkpoint_minutes:
             saved = time.monotonic()
             save_tensors(model.state_dict(), options.out / CHECKPOINT)
-    return Outcome(pace.steps, pace.minutes, seen or meter.report())
+    return log.outcome()
 
 
 @torch.no_grad()
@@ -324,8 +347,8 @@ def train_draft_head(
     head.decoder.norm.load_state_dict(model.model.norm.state_dict())  # features come out of it
     optimizer = torch.optim.AdamW(parameter_groups(head, 0.01), lr=options.lr, betas=(0.9, 0.95))
     deviation = float(data.features[:, :64].float().std())
-    meter, seen = Meter(), ""
     pace = Pace(options.draft_steps, DRAFT_SHARE * options.minutes)
+    log = Log("draft head", pace, options.log_every)
     for progress in pace:
         chosen = torch.randint(len(data.codes), (options.batch // 2,), generator=generator)
         codes, features = data.codes[chosen, :-1], data.features[:, chosen].float()
@@ -351,12 +374,9 @@ def train_draft_head(
         loss = distance + LOGIT_WEIGHT * plain + GUIDED_WEIGHT * cross
         descend(loss, optimizer, head, learning_rate(progress, options.lr))
         agreed = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
-        meter.add(distance=distance.item(), plain=plain.item(), guided=cross.item())
-        meter.add(agreed=agreed.item())
-        if pace.steps % options.log_every == 0:
-            seen = meter.report()
-            print(f"draft head {pace.steps:5d}  {pace.minutes:5.1f} min  {seen}", flush=True)
-    return head.eval(), Outcome(pace.steps, pace.minutes, seen or meter.report())
+        losses = {"distance": distance.item(), "plain": plain.item(), "guided": cross.item()}
+        log.add(**losses, agreed=agreed.item())
+    return head.eval(), log.outcome()
 
 
 @dataclass(frozen=True)
@@ -444,7 +464,7 @@ def measure(folder: Path, images: Tensor, options: argparse.Namespace) -> Measur
         parts = [*draw_sequences(model, options.samples, sampling, 0)]
         sampled, asked = (torch.cat(column) for column in zip(*parts, strict=True))
         rows.append(Row.of(f"sampled, guidance {scale:g}", judge, vq.decode(sampled), asked))
-        some = slice(0, min(options.samples, 200))
+        some = slice(MEASURED_SEQUENCES)
         agreements.append(agreement(model, head, sampled[some], asked[some], scale))
         print(agreements[-1], flush=True)
         if scale == SAMPLING.guidance:
@@ -511,8 +531,8 @@ in what they draw. They are a test subject and no use for anything else.
 | codebook | {CODES} codes, width {CODE_WIDTH}, unit length |
 | autoencoder | convolutions, {numbers["autoencoder"]} parameters |
 | next-code model | Llama, {LAYERS} layers, width {HIDDEN}, {HEADS} heads, feed-forward {INNER} |
-| tokens | {CODES} codes, {VOCABULARY - CODES - 1} digits, token {NO_CLASS} for none (classifier-free \
-guidance) |
+| tokens | {CODES} codes, {VOCABULARY - CODES - 1} digits, token {NO_CLASS} for none \
+(classifier-free guidance) |
 | prompt | the digit's token; {TOKENS} codes follow, row by row |
 | draft head | {DRAFT_LAYERS} layer{"s" if DRAFT_LAYERS > 1 else ""} of the same kind, \
 {numbers["draft head"]} parameters |
@@ -532,9 +552,10 @@ guidance {SAMPLING.guidance:g}. Codes of held-out images cost {measured.heldout:
 
 ## Draft head
 
-Along sequences that the model drew, both under the same guidance: how often its most probable code
-is among the head's first 1, 5 and 10; the probability that it gives to those; and how often it is
-the head's first where the head goes on from 1, 2 and 3 features that it guessed itself.
+Along {min(options.samples, MEASURED_SEQUENCES)} sequences that the model drew, both under the \
+same guidance: how often its most probable
+code is among the head's first 1, 5 and 10; the probability that it gives to those; and how often it
+is the head's first where the head goes on from 1, 2 and 3 features that it guessed itself.
 
 | guidance | top 1 | top 5 | top 10 | p(top 1) | p(top 5) | p(top 10) | own 1 | own 2 | own 3 |
 | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -545,12 +566,13 @@ the head's first where the head goes on from 1, 2 and 3 features that it guessed
 - Data: {run.data} digit images of scikit-learn's `load_digits`, enlarged to {CELL_PIXELS} x \
 {CELL_PIXELS};
   half of the samples turned, scaled and shifted a little; one label in ten left out.
-- AdamW, peak learning rate {options.lr:g} (twice that for the autoencoder), cosine decay, batches of
-  {options.batch}{", bfloat16 autocast" if options.bfloat16 else ""}. The codebook follows the moving \
-average of its features.
-- The draft head learns from {options.sequences} sequences drawn under guidance
-  {", ".join(f"{scale:g}" for scale in MEASURED_GUIDANCE)} and from a quarter as many of the data: smooth
-  L1 of features, {LOGIT_WEIGHT:g} x cross entropy, {GUIDED_WEIGHT:g} x cross entropy under guidance.
+- AdamW, peak learning rate {options.lr:g}, twice that for the autoencoder, cosine decay, batches
+  of {options.batch}{", bfloat16 autocast" if options.bfloat16 else ""}. Codes follow moving \
+averages of their features.
+- The draft head learns from {options.sequences} sequences that the model drew under guidance
+  {", ".join(f"{scale:g}" for scale in MEASURED_GUIDANCE)}, and from a quarter as many of the data:
+  smooth L1 of features, {LOGIT_WEIGHT:g} x cross entropy, {GUIDED_WEIGHT:g} x cross entropy under
+  guidance; in half of the steps it reads some features that it guessed itself.
 - Cost: {run.minutes:.0f} minutes on {options.threads} CPU thread(s); seed {options.seed}; \
 torch {torch.__version__},
   transformers {transformers.__version__}.
