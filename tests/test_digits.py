@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
-import sys
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import train_digit_vlm
 
 import vlmopt
 from vlmopt import digits
@@ -23,24 +21,10 @@ from vlmopt.runtime.model import Engine
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "train_digit_vlm.py"
-
 
 @cache
 def bundled(name: str = "digits") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     return digits.load_model(name=name)
-
-
-@cache
-def training_tool() -> ModuleType:
-    if not TOOL.exists():
-        pytest.skip("the training tool is not part of an installed package")
-    spec = importlib.util.spec_from_file_location("train_digit_vlm", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def recount(scene: digits.Scene, question: digits.Question, images: torch.Tensor) -> str:
@@ -205,13 +189,12 @@ def test_experts_are_found_and_skipped() -> None:
 
 def test_a_mixture_that_computes_the_dense_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """All slices, weighed alike: nothing is lost between the dense model and its experts."""
-    tool = training_tool()
-    monkeypatch.setattr(tool, "UPCYCLING_NOISE", 0.0)
-    monkeypatch.setattr(tool, "ROUTER_STD", 0.0)
+    monkeypatch.setattr(train_digit_vlm, "UPCYCLING_NOISE", 0.0)
+    monkeypatch.setattr(train_digit_vlm, "ROUTER_STD", 0.0)
     dense, processor = bundled()
-    size = tool.Mixture(experts=5, top=5, width=64)
-    mixed = tool.build_model(processor.tokenizer, size).eval()
-    tool.upcycle(mixed, dense, size)
+    size = train_digit_vlm.Mixture(experts=5, top=5, width=64)
+    mixed = train_digit_vlm.build_model(processor.tokenizer, size).eval()
+    train_digit_vlm.upcycle(mixed, dense, size)
     ((scene, question),) = digits.heldout_samples(1)
     inputs = digits.batch(processor, [scene], [question])
     with torch.no_grad():
@@ -237,7 +220,7 @@ def test_blank_image_is_seen_as_blank() -> None:
 
 def test_training_saw_no_heldout_digit() -> None:
     pytest.importorskip("sklearn", reason="the split is recomputed from scikit-learn's digits")
-    split = training_tool().split_digits()
+    split = train_digit_vlm.split_digits()
     images, labels = digits.heldout_digits()
     assert torch.equal(split.heldout_images, images)
     assert torch.equal(split.heldout_labels, labels)
@@ -251,7 +234,7 @@ def test_training_tool_keeps_existing_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert training_tool().main(["--out", str(tmp_path)]) == 2
+    assert train_digit_vlm.main(["--out", str(tmp_path)]) == 2
     assert "--force" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_text() == "{}"
 
@@ -260,4 +243,4 @@ def test_training_pixels_equal_processor_pixels() -> None:
     _, processor = bundled()
     ((scene, question),) = digits.heldout_samples(1)
     expected = digits.batch(processor, [scene], [question])["pixel_values"]
-    torch.testing.assert_close(training_tool().normalise(scene.image[None]), expected)
+    torch.testing.assert_close(train_digit_vlm.normalise(scene.image[None]), expected)

@@ -15,18 +15,29 @@ Example:
 from __future__ import annotations
 
 import argparse
-import math
 import random
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from digit_training import (
+    CHECKPOINT,
+    LICENCE,
+    Meter,
+    Pace,
+    add_arguments,
+    begin,
+    command_line,
+    descend,
+    learning_rate,
+    parameter_groups,
+    read_arguments,
+    repeatability,
+    save_tensors,
+    written_to,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +68,7 @@ UPCYCLING_NOISE = 0.3
 ROUTER_STD = HIDDEN**-0.5
 
 QUESTIONS_PER_SCENE: dict[QuestionKind, int] = {"position": 5, "count": 4, "presence": 3}
+WARMUP = 0.02  # share of training
 # Greatest share of the time limit that goes into the vision tower alone.
 VISION_TIME_SHARE = 0.2
 # Stages of the curriculum: (share of training at which the stage ends, least and greatest number of
@@ -547,32 +559,9 @@ def check_packing(
     torch.testing.assert_close(ours[0, ::2], theirs, atol=1e-3, rtol=1e-3)
 
 
-def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up over the first 2 % of training, then a cosine down to zero."""
-    if progress < 0.02:
-        return peak * (progress + 1e-4) / 0.02
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.02) / 0.98)))
-
-
 def filled_cells(progress: float) -> tuple[int, int]:
     """Least and greatest number of filled cells at a point of the curriculum."""
     return next(filled for end, filled in CURRICULUM if progress <= end or end == 1.0)
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Optimiser groups: weight decay for matrices, none for biases and normalisation scales."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    yield {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
-    yield {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file in one step, so that a reader never meets half of it."""
-    from safetensors.torch import save_file
-
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, part)
-    part.replace(path)
 
 
 class SceneSource:
@@ -613,27 +602,6 @@ class SceneSource:
         return scenes, pixels, torch.stack([scene.labels for scene in scenes])
 
 
-class Meter:
-    """Means of named values since the last report."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._numbers: dict[str, int] = {}
-
-    def add(self, **values: float) -> None:
-        """Takes one value for each name."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._numbers[name] = self._numbers.get(name, 0) + 1
-
-    def report(self) -> str:
-        """The means in words; starts afresh."""
-        means = [f"{name} {total / self._numbers[name]:.3f}" for name, total in self._sums.items()]
-        self._sums.clear()
-        self._numbers.clear()
-        return "  ".join(means)
-
-
 @dataclass
 class Outcome:
     """What training took.
@@ -668,28 +636,17 @@ def train_vision(
     groups.append({"params": [embedding], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
     meter = Meter()
-    started = time.monotonic()
-    limit = 60 * options.minutes * VISION_TIME_SHARE
-    step = 0
-    while options.vision_steps:
-        progress = max(step / options.vision_steps, (time.monotonic() - started) / limit)
-        if progress >= 1:
-            break
-        rate = learning_rate(progress, options.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    pace = Pace(options.vision_steps, options.minutes * VISION_TIME_SHARE)
+    for progress in pace:
+        rate = learning_rate(progress, options.lr, WARMUP)
         _, pixels, labels = source.draw(CURRICULUM[-1][1])
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             visual, pooled = encode(model, pixels)
         loss, accuracy = probe(visual, pooled, embedding, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        step += 1
+        descend(loss, optimizer, trained, rate)
         meter.add(loss=loss.item(), tokens=accuracy.item())
-        if step % options.log_every == 0:
-            print(f"vision {step:5d}  lr {rate:.1e}  {meter.report()}", flush=True)
+        if pace.steps % options.log_every == 0:
+            print(f"vision {pace.steps:5d}  lr {rate:.1e}  {meter.report()}", flush=True)
 
 
 def train(
@@ -717,17 +674,9 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
     columns = {kind: [i for i, k in enumerate(packed.kinds) if k == kind] for kind in KINDS}
     meter = Meter()
-    step = 0
-    begun = time.monotonic()
-    limit = 60 * options.minutes - (begun - started)
-    while True:
-        # Whichever limit comes first sets the pace, so the schedule always runs to its end.
-        progress = max(step / options.steps, (time.monotonic() - begun) / limit)
-        if limit <= 0 or progress >= 1:
-            break
-        rate = learning_rate(progress, options.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    pace = Pace(options.steps, options.minutes - (time.monotonic() - started) / 60)
+    for progress in pace:
+        rate = learning_rate(progress, options.lr, WARMUP)
         # What has been upcycled knows how to look.
         filled = CURRICULUM[-1][1] if options.experts else filled_cells(progress)
         scenes, pixels, labels = source.draw(filled)
@@ -745,28 +694,23 @@ def train(
             balance = balance_loss(routed, options.top)
             whole = whole + options.balance_weight * balance
             meter.add(balance=balance.item())
-        optimizer.zero_grad(set_to_none=True)
-        whole.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-
+        descend(whole, optimizer, model, rate)
         right = (logits[:, ::2].argmax(-1) == targets[:, ::2]).float()
         shares = {kind: right[:, columns[kind]].mean().item() for kind in KINDS}
         meter.add(loss=loss.item(), tokens=tokens.item(), **shares)
-        if step % options.log_every == 0:
+        if pace.steps % options.log_every == 0:
             minutes = (time.monotonic() - started) / 60
             print(
-                f"step {step:5d}  {minutes:5.1f} min  {100 * progress:5.1f} %  "
+                f"step {pace.steps:5d}  {minutes:5.1f} min  {100 * progress:5.1f} %  "
                 f"filled {filled[0]}-{filled[1]}  lr {rate:.1e}  {meter.report()}",
                 flush=True,
             )
         if time.monotonic() - saved > 60 * options.checkpoint_minutes:
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            save_tensors(weights, options.out / "checkpoint.safetensors")
+            save_tensors(weights, options.out / CHECKPOINT)
             saved = time.monotonic()
     model.train(False)
-    return Outcome(step, (time.monotonic() - started) / 60)
+    return Outcome(pace.steps, (time.monotonic() - started) / 60)
 
 
 def model_card(
@@ -786,17 +730,6 @@ def model_card(
     overall = total_tally(tallies)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = "bfloat16 autocast" if options.bfloat16 else "float32"
-    if outcome.steps < options.steps:
-        repeatability = (
-            "The time limit ended this run and set the pace of its schedule, so a repetition ends\n"
-            "after a different number of steps, with other weights. A run that reaches its last\n"
-            "step first is repeatable."
-        )
-    else:
-        repeatability = (
-            "The run is repeatable with the same threads, processor type and library versions, as\n"
-            "long as the time limit does not cut it short."
-        )
     attention = f"{DECODER_LAYERS} layers, width {HIDDEN}, {HEADS} heads"
     if options.experts:
         title, purpose = "Digit VLM with experts", "skipping experts"
@@ -824,6 +757,11 @@ def model_card(
         else ""
     )
     threads = f"{options.threads} CPU thread{'' if options.threads == 1 else 's'}"
+    names = ("experts", "top", "expert_width", "balance_weight") if options.experts else ()
+    names += (
+        *("vision_steps", "steps", "minutes", "batch", "lr", "weight_decay", "probe_weight"),
+        *("seed", "threads", "bfloat16", "store_bfloat16"),
+    )
     stored = "bfloat16" if options.store_bfloat16 else "float32"
     return f"""---
 license: other
@@ -886,46 +824,18 @@ The draw is `vlmopt.digits.heldout_samples({overall.total}, seed={options.eval_s
 torch {torch.__version__}, transformers {transformers.__version__}.
 
 ```
-{command_line(options)}
+{command_line("train_digit_vlm.py", options, names)}
 ```
 
-{repeatability}
+{repeatability(outcome.steps < options.steps)}
 
 ## Files
 
 {files}
 
-## Licence
-
-The code and weights are under the licence of vlmopt. The digit images are a part of *Optical
-Recognition of Handwritten Digits* by E. Alpaydin and C. Kaynak (1998), UCI Machine Learning
-Repository, <https://doi.org/10.24432/C50P49>, as distributed with scikit-learn, under
-[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). Changes: one fifth of the images was
+{LICENCE.rstrip()} Changes: one fifth of the images was
 selected and stored as uint8.
 """
-
-
-def command_line(options: argparse.Namespace) -> str:
-    """The command that repeats this run."""
-    words = [f"OMP_NUM_THREADS={options.threads} python tools/train_digit_vlm.py"]
-    mixture = ("experts", "top", "expert_width", "balance_weight") if options.experts else ()
-    names = (
-        *mixture,
-        "vision_steps",
-        "steps",
-        "minutes",
-        "batch",
-        "lr",
-        "weight_decay",
-        "probe_weight",
-        "seed",
-        "threads",
-    )
-    words += [f"--{name.replace('_', '-')} {getattr(options, name)}" for name in names]
-    flags = ("bfloat16", "store_bfloat16")
-    words += [f"--{name.replace('_', '-')}" for name in flags if getattr(options, name)]
-    words.append("--out DIR")
-    return " ".join(words)
 
 
 def total_tally(tallies: dict[QuestionKind, digits.Tally]) -> digits.Tally:
@@ -940,14 +850,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Train the digit vision-language model bundled with vlmopt.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--force", action="store_true", help="overwrite files in the folder")
-    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps")
+    add_arguments(
+        parser,
+        steps=5000,
+        minutes=40.0,
+        batch=24,
+        samples="scenes",
+        threads=2,
+        log_every=20,
+        checkpoint_minutes=5.0,
+    )
     parser.add_argument("--vision-steps", type=int, default=1500, help="steps without the decoder")
-    parser.add_argument("--minutes", type=float, default=40.0, help="limit on training time")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--batch", type=int, default=24, help="scenes per step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.05, help="AdamW weight decay")
     parser.add_argument(
         "--experts", type=int, default=0, help="experts of each layer; begins with the dense model"
@@ -959,22 +872,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--probe-weight", type=float, default=0.5, help="auxiliary loss weight")
     parser.add_argument(
-        "--bfloat16", action="store_true", help="bfloat16 autocast, for CPUs that have it"
-    )
-    parser.add_argument(
         "--store-bfloat16", action="store_true", help="write weights in bfloat16, half the size"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything in training")
     parser.add_argument("--eval-questions", type=int, default=3000, help="held-out questions")
     parser.add_argument("--eval-seed", type=int, default=1, help="seed of the held-out scenes")
-    parser.add_argument("--log-every", type=int, default=20, help="steps between progress lines")
-    parser.add_argument(
-        "--checkpoint-minutes", type=float, default=5.0, help="minutes between checkpoints"
-    )
-    options = parser.parse_args(arguments)
-    if options.steps < 1 or options.minutes <= 0 or options.threads < 1 or options.batch < 1:
-        parser.error("--steps, --minutes, --threads and --batch must be positive")
-    return options
+    return read_arguments(parser, arguments)
 
 
 def mixture_of(options: argparse.Namespace) -> Mixture | None:
@@ -987,14 +889,8 @@ def mixture_of(options: argparse.Namespace) -> Mixture | None:
 def main(arguments: list[str] | None = None) -> int:
     """Trains, measures and writes the model; returns the exit status."""
     options = parse_arguments(arguments)
-    out: Path = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not options.force:
-        print(f"error: {out} exists and is not empty; pass --force to overwrite", file=sys.stderr)
+    if not begin(options):
         return 2
-    out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-
     split = split_digits()
     processor = build_processor()
     mixture = mixture_of(options)
@@ -1013,9 +909,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = train(model, packed, split, options)
     print(f"trained {outcome.steps} steps in {outcome.minutes:.1f} minutes", flush=True)
 
-    # Everything is written next to the target first and moved in file by file at the end.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as name:
-        folder = Path(name)
+    with written_to(options.out) as folder:
         if options.store_bfloat16:
             model.to(torch.bfloat16)
         model.save_pretrained(folder)
@@ -1037,14 +931,10 @@ def main(arguments: list[str] | None = None) -> int:
         tallies = digits.evaluate(saved_model, saved_processor, samples)
         card = model_card(saved_model, tallies, outcome, split, options)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        for path in sorted(folder.iterdir()):
-            path.chmod(0o644)  # safetensors makes its files readable to their owner only
-            shutil.move(path, out / path.name)
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
 
     for kind, tally in [*tallies.items(), ("all", total_tally(tallies))]:
         print(f"{kind:10s} {tally.correct:5d} / {tally.total:5d}  {100 * tally.accuracy:.2f} %")
-    print(f"written to {out}")
+    print(f"written to {options.out}")
     return 0
 
 
