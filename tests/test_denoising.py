@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracles.denoising import ByHand
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional
 
 import vlmopt
@@ -25,10 +26,11 @@ from vlmopt.errors import BlockMismatchError, OptionError, PlanMismatchError, Pr
 from vlmopt.graph.text import module_path
 from vlmopt.graph.verify import verify_program, verify_stage
 from vlmopt.lowering.onnx import export_program
+from vlmopt.ops.packed import is_available
 from vlmopt.pipeline.manager import run_pipeline
 from vlmopt.pipeline.passes import PassContext
 from vlmopt.program import Program, Role, Stage
-from vlmopt.rewrite.branches import NEW, PARTIAL, observe_step, write_step
+from vlmopt.rewrite.branches import NEW, PARTIAL, observe_step, write_rows, write_step
 
 CONTEXT = PassContext("plan")
 COMPUTE, REUSE = Choice(Action.COMPUTE), Choice(Action.REUSE)
@@ -299,18 +301,39 @@ def test_of_modulations_gates_alone_are_computed() -> None:
     verify_program(program)
 
 
+packed = pytest.param("onednn", marks=pytest.mark.skipif(not is_available(), reason="no oneDNN"))
+
+
+@pytest.mark.parametrize("backend", ["inductor", packed])
 @pytest.mark.parametrize("name", ["dit", "sd3"])
-def test_inductor(name: str) -> None:
+def test_compiled(name: str, backend: str) -> None:
     program = captured(name, True)
     some = Choice(Action.PARTIAL, 5)
     plan = plan_of(program, COMPUTE, REUSE, some, some, COMPUTE, REUSE)
-    session = DenoiseSession(program, plan)
+    session = DenoiseSession(program, plan, backend=backend)
     wanted = DenoiseSession(program, plan, backend="eager")
     for seed in (0, 1):
         with torch._dynamo.config.patch(recompile_limit=1):  # plans may have many kinds of steps
             found = followed(name, session, guided=True, seed=seed)
         eager = followed(name, wanted, guided=True, seed=seed)
         assert (found - eager).abs().max() <= 1e-4 * eager.abs().max()
+
+
+def test_rows_are_written_where_the_state_is() -> None:
+    """Inductor makes no other tensor as large as the state."""
+
+    def step(state: Tensor, slots: Tensor, rows: Tensor) -> None:
+        state.copy_(write_rows(state, slots, 2 * rows))
+
+    generator = torch.Generator().manual_seed(0)
+    state, rows = (torch.randn(2, size, 32, generator=generator) for size in (24, 3))
+    slots = torch.tensor([[5, 0, 23], [1, 7, 2]])
+    wanted = state.clone()
+    for sample, places in enumerate(slots):
+        wanted[sample, places] = 2 * rows[sample]
+    _, (source,) = run_and_get_code(torch.compile(step), state, slots, rows)
+    assert state.equal(wanted)
+    assert "empty_strided" not in source.split("def call(", 1)[1]
 
 
 def test_onnx(tmp_path: Path) -> None:
@@ -353,6 +376,19 @@ def test_other_calls(name: str, change: dict[str, Any], why: str) -> None:
     with pytest.raises(PlanMismatchError, match=why) as caught:
         pipe(**given)
     assert caught.value.hint is not None
+
+
+def test_guidance_that_no_pipeline_tells() -> None:
+    """It acts outside of the transformer: only that there is any shows there, by the batch."""
+    program = captured("dit", True)
+    pipe = denoisers.pipeline("dit", denoisers.build("dit"))
+    assert not hasattr(pipe, "guidance_scale")
+    session = DenoiseSession(program, plan_of(program, COMPUTE, *[REUSE] * 5), backend="eager")
+    assert session.conditions["guidance"] is None
+    session.install(pipe)
+    pipe(**denoisers.call("dit", guided=True, steps=STEPS) | {"guidance_scale": 2.0})
+    with pytest.raises(PlanMismatchError, match=r"plan is for hidden_states \[2, 4, 8, 8\]"):
+        pipe(**denoisers.call("dit", guided=False, steps=STEPS))
 
 
 def test_other_scheduler() -> None:

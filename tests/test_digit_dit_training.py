@@ -7,6 +7,7 @@ import torch
 import train_digit_dit as tool
 from digit_training import Row, training_digits
 
+from vlmopt import digit_diffusion
 from vlmopt.digit_diffusion import pixels_of
 
 pytest.importorskip("diffusers")
@@ -25,6 +26,19 @@ def test_blocks_add_nothing_at_first_and_learn(monkeypatch: pytest.MonkeyPatch) 
     assert outcome.steps == 6
     assert model.proj_out_2.weight.any()
     assert not kept.proj_out_2.weight.equal(model.proj_out_2.weight)
+
+
+def test_the_bundled_scheduler_is_that_of_training() -> None:
+    bundled = digit_diffusion.load_scheduler()
+    for name, value in tool.build_scheduler().config.items():
+        assert name.startswith("_") or bundled.config[name] == value
+    # estimates to both sides of black stay what they are
+    bundled.set_timesteps(2)
+    noisy, clean = torch.zeros(1), torch.tensor([-1.5])
+    time = bundled.timesteps[0]
+    speed = bundled.get_velocity(clean, noisy, time[None])
+    found = bundled.step(speed, time, bundled.add_noise(clean, noisy, time[None]))
+    assert found.pred_original_sample.item() == pytest.approx(-1.5, abs=1e-5)
 
 
 def test_the_judge_learns() -> None:

@@ -49,7 +49,11 @@ def test_half_of_the_work() -> None:
     found = denoising.halves(20)
     assert next(iter(found)) == "full"
     assert found["10 steps"] == 10
-    assert found["soda"].startswith("soda{anchors=6 rows=0.29 ")  # type: ignore[union-attr]
+    assert found["soda, anchors alone"] == "soda{anchors=10 rows=0 artifact=ARTIFACT}"
+    assert found["soda"] == "soda{anchors=9 rows=0.09 sensitivity=30 artifact=ARTIFACT}"
+    assert (
+        found["soda, few anchors"] == "soda{anchors=6 rows=0.29 sensitivity=30 artifact=ARTIFACT}"
+    )
 
 
 def test_a_sheet_of_samples() -> None:

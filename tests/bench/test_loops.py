@@ -69,9 +69,7 @@ def test_ways_to_run_a_loop() -> None:
     assert found.over_captured(own[0]) == loops.Ratio(1, 1, 1)
     assert found.over_captured(theirs) is None
     document = json.loads(json.dumps(found.to_json()))
-    assert document["of_ideal"][own[1]] == pytest.approx(
-        found.speedup(own[1]).value / fixed.ideal
-    )
+    assert document["of_ideal"][own[1]] == pytest.approx(found.speedup(own[1]).value / fixed.ideal)
     lines = loops.table([found]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")] for line in lines[2:8]]
     assert [row[4] for row in cells] == ["inductor", *(way.name for way in found.ways.values())]

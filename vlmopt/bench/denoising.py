@@ -148,15 +148,22 @@ def halves(steps: int) -> dict[str, str | int]:
     The full one comes first.
     """
     half, few = (steps + 1) // 2, max(round(0.3 * steps), -(-steps // 6))
-    rows = round((half - few) / (steps - few), 2)
+
+    def soda(anchors: int) -> str:
+        """Rows make up for the anchors that are fewer than half of the steps."""
+        rows = round((half - anchors) / (steps - anchors), 2)
+        chosen = f"rows={rows} sensitivity=30" if rows else "rows=0"
+        return f"soda{{anchors={anchors} {chosen} artifact=ARTIFACT}}"
+
     found: dict[str, str | int] = {
         "full": steps,
         f"{half} steps": half,
         "fixed-interval": "fixed-interval{interval=2}",
         "taylorseer": "taylorseer{interval=2 order=1}",
         "first-block-cache": "first-block-cache{threshold=0.15}",
-        "soda, anchors alone": f"soda{{anchors={half} rows=0 artifact=ARTIFACT}}",
-        "soda": f"soda{{anchors={few} rows={rows} sensitivity=30 artifact=ARTIFACT}}",
+        "soda, anchors alone": soda(half),
+        "soda": soda(max(half - 1, few)),
+        "soda, few anchors": soda(few),
     }
     return found
 

@@ -220,7 +220,7 @@ def measure(
     device: str = "cpu",
     backends: Sequence[str] = ("inductor",),
     libraries: Sequence[str] = tuple(CACHES),
-    rounds: int = 9,
+    rounds: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Loop:
     """Build, capture, plan, compile, check, and then time.
