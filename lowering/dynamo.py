@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+
 from vlmopt.analysis.experts import find_experts
 from vlmopt.analysis.layers import find_layers
 from vlmopt.annotation import annotated_model_runs
@@ -46,6 +47,7 @@ from vlmopt.pipeline.passes import Pass
 from vlmopt.pipeline.spec import parse_pipeline
 from vlmopt.program import Modality, Port, Program, Stage
 from vlmopt.rewrite.emit import Emitter
+from vlmopt.rewrite.streams import require_no_streams
 
 aten = torch.ops.aten
 log = logging.getLogger("vlmopt.dynamo")
@@ -291,7 +293,8 @@ def _warn_once(message: str, options: Mapping[str, Any] | None) -> None:
 
 def _rewritten(shown: _Shown) -> fx.GraphModule:
     """The graph after the passes, with as many outputs as before."""
-    module, stages, inputs = shown.module, [], {}
+    module, stages = shown.module, []
+    inputs: dict[str, str] = {}
     if shown.blocks is not None:
         encoder, inputs = take_encoder(module, shown.blocks)
         stages.append(encoder)
@@ -307,6 +310,7 @@ def _rewritten(shown: _Shown) -> fx.GraphModule:
         list(shown.counts),
         [dict(record.result.statistics) for record in report.records],
     )
+    require_no_streams(program)
     if tokens is not None:
         tokens.finish()
         module = tokens.stage.graph_module

@@ -143,8 +143,8 @@ def take_encoder(module: fx.GraphModule, blocks: EncoderBlocks) -> tuple[Stage, 
     computed from this encoder alone, such as a head that reads the class token.
 
     Returns:
-        The stage: ``model``, as a plain module's, where what it gives leaves the graph at once, else
-        ``vision_encoder``. And for each of its outputs the new input of ``module``, by name.
+        The stage: ``model``, as a plain module's, where what it gives leaves the graph at once,
+        else ``vision_encoder``. And for each of its outputs the new input of ``module``, by name.
     """
     graph = module.graph
     part = reached(blocks.nodes, sources)

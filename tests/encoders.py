@@ -160,6 +160,7 @@ TOWERS = {
     "vipllava": Parts("model.vision_tower.encoder.layers", 1),
     "llava_onevision": Parts("model.vision_tower.encoder.layers", 0),
     "gemma3": Parts("model.vision_tower.encoder.layers", 0),
+    "smolvlm": Parts("model.vision_model.encoder.layers", 0),
     "internvl": Parts(
         "model.vision_tower.encoder.layer",
         1,

@@ -15,6 +15,7 @@ import torch
 import zoo
 from oracles.experts import ExpertOracle, Rule
 from oracles.masked import MaskOracle
+from torch._dynamo.exc import BackendCompilerFailed
 
 import vlmopt
 from tests.mixtures import mixtral, prompt_of_text, spread
@@ -110,6 +111,13 @@ def test_new_lengths_of_prompts(dynamic: bool | None) -> None:
         inputs = zoo.inputs("llava", text=(words,), seed=words)
         wanted, real, _ = masked(model, inputs)
         check(run(**inputs).logits, wanted, real)
+
+
+@torch.no_grad()
+def test_a_memory_from_prompt_to_prompt_is_refused() -> None:
+    model, inputs = zoo.build("llava", layers=1), zoo.inputs("llava")
+    with pytest.raises(BackendCompilerFailed, match="remembers from prompt to prompt"):
+        compiled(model, "evs{carry=true}")(**inputs)
 
 
 def test_a_prompt_without_image_is_untouched() -> None:

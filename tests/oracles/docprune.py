@@ -220,7 +220,6 @@ class PrunedOracle(ReducedOracle):  # type: ignore[misc]
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         tower = set(self.model.get_encoder("image").modules())
-        images = len(self.seen_rows)
         reached: dict[Any, int] = {}
         with super().active():
             original = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -230,7 +229,7 @@ class PrunedOracle(ReducedOracle):  # type: ignore[misc]
             ) -> Any:
                 if module in tower:
                     seen = self.seen_rows
-                    if len(query) != images:  # one image, or window, after the other
+                    if (len(query), query.shape[2]) != seen.shape:  # images, or windows, in turn
                         start = reached.get(module, 0)
                         end = start + query.shape[2]
                         reached[module] = end % seen.numel()

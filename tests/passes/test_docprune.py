@@ -222,15 +222,18 @@ class TestBackground:
         check(zoo.build("qwen2_5_vl"), inputs, text, oracle, tokens=4)
 
     @pytest.mark.parametrize(
-        ("grids", "message"),
+        ("family", "grids", "message"),
         [
-            ([(6, 6), (6, 6)], "within windows of different sizes, in the rows of several"),
-            ([(8, 8), (4, 8)], "a mask keeps them apart"),
+            ("qwen2_5_vl", [(6, 6), (6, 6)], "in one row of several images, and images or windows"),
+            ("qwen2_5_vl", [(8, 8), (4, 8)], "in one row of several images, and images or windows"),
+            ("qwen2_vl", [(8, 8), (4, 8)], "a mask keeps them apart"),
         ],
     )
-    def test_what_differs_in_size(self, grids: list[tuple[int, int]], message: str) -> None:
-        inputs = zoo.of_grid(zoo.inputs("qwen2_5_vl", images=(2,)), grids)
-        program = vlmopt.capture(zoo.build("qwen2_5_vl"), inputs)
+    def test_what_differs_in_size(
+        self, family: str, grids: list[tuple[int, int]], message: str
+    ) -> None:
+        inputs = zoo.of_grid(zoo.inputs(family, images=(2,)), grids)
+        program = vlmopt.capture(zoo.build(family), inputs)
         with pytest.raises(PreconditionError, match=message):
             run_pipeline(program, "bg-prune{keep=0.5}")
 

@@ -25,7 +25,10 @@ from vlmopt.rewrite.emit import Emitter
 
 aten = torch.ops.aten
 
-NEEDS_ROUTES = "it has to know which token of the prompt each patch becomes"
+NEEDS_ROUTES = (
+    "it has to know which token of the prompt each patch becomes, and encoder and language model "
+    "are graphs of their own there"
+)
 """Why a pass needs ``vlmopt.capture``."""
 
 FEATURES = "features"

@@ -146,8 +146,8 @@ def find_patches(program: Program) -> Patches:
     images, rows, parted = _images_and_rows(stage, layers)
     if masked and parted:
         raise PreconditionError(
-            f"blocks of stage {stage.name} attend within windows of different sizes, in the rows of "
-            "several images at once",
+            f"blocks of stage {stage.name} attend within windows, in one row of several images, "
+            "and images or windows differ in size",
             node=layers.entries[0],
             hint="capture with one image, or with images that windows divide evenly",
         )

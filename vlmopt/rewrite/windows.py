@@ -93,7 +93,7 @@ def _widen(old: fx.Node, images: int, number: list[int], emit: Emitter) -> fx.No
     """
     tokens = len(number)
     given = attention_arguments(old)
-    groups, heads, window, size = (int(n) for n in old.meta["val"].shape)
+    groups, _, window, size = (int(n) for n in old.meta["val"].shape)
     whole = [
         _rows_of(given[name], images * tokens, (groups, window))
         for name in ("query", "key", "value")

@@ -35,7 +35,7 @@ from vlmopt.lowering.onednn import with_packed_weights
 from vlmopt.lowering.shared_attention import has_shared_attention, with_shared_attention
 from vlmopt.pipeline.manager import Report, run_pipeline
 from vlmopt.program import Modality, Program, Role, Stage
-from vlmopt.rewrite.reuse import REUSE
+from vlmopt.rewrite.streams import require_no_streams
 from vlmopt.runtime.cache import RaggedCache
 from vlmopt.runtime.encoder import (
     RETRIEVED,
@@ -80,29 +80,12 @@ def optimize(model: nn.Module, inputs: Any, passes: str, *, backend: str = "indu
         inputs = {name: value for name, value in inputs.items() if name not in RETRIEVED}
     program = capture(model, inputs)
     report = run_pipeline(program, passes)
-    _require_no_streams(program)
+    require_no_streams(program)
     if {"model", "denoiser"} & program.stages.keys():
         return OptimizedModule(program, report, backend)
     engine = Engine(model, partial(run_pipeline, pipeline=passes), backend)
     engine.add(program, report, inputs)
     return engine.twin
-
-
-def _require_no_streams(program: Program) -> None:
-    facts = next((stage.facts[REUSE] for stage in program if REUSE in stage.facts), None)
-    if facts is not None:
-        raise PreconditionError(
-            f"{facts['by']} makes an encoder for streams of frames: which of its stages runs "
-            "depends on what came before, and a model's forward does not know",
-            hint="make a vlmopt.StreamingModel; or capture the encoder, run the pipeline on the "
-            "program, and give that to vlmopt.streaming.FrameEncoder",
-        )
-    if any(stage.find_inputs(Role.STREAM_MEMORY) for stage in program):
-        raise PreconditionError(
-            "a pass of this pipeline remembers from prompt to prompt, and a model's forward does "
-            "not",
-            hint="make a vlmopt.StreamingModel, or leave out carry",
-        )
 
 
 class OptimizedModule(nn.Module):
