@@ -15,7 +15,7 @@ from vlmopt.digit_codes import CODE_WIDTH, CODES, NO_CLASS, TOKENS, VOCABULARY
 from vlmopt.digit_diffusion import labels_in_turn, load_judge, pixels_of
 from vlmopt.errors import OptionError
 from vlmopt.speculative.decoders import text_decoder
-from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.distribution import Sampling, guided
 from vlmopt.speculative.eagle import EagleDecoder
 
 GREEDY = Sampling(temperature=0, guidance=2.0)
@@ -135,7 +135,7 @@ def test_the_draft_head_knows_the_next_code() -> None:
         hidden = text_decoder(model())(
             torch.cat([digit_codes.prompts(labels), codes[:, :-1].repeat(2, 1)], 1)
         ).hidden_states
-    chances = GREEDY.distribution(model().lm_head(hidden[:, 1:]))
+    chances = guided(model().lm_head(hidden[:, 1:]), 2.0).softmax(-1)
     commonest = chances.argmax(-1).flatten().bincount().max() / chances[..., 0].numel()
     assert found.top[0] > commonest + 0.25
     assert found.top[0] < found.top[1] < found.top[2] <= 1

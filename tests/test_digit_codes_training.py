@@ -157,9 +157,3 @@ def test_agreement_counts_places_and_depths(monkeypatch: pytest.MonkeyPatch) -> 
     # places 1 to 60 shift by the depth
     assert part.depths[1] == pytest.approx(20 / 60, abs=0.1)
     assert part.depths[3] == pytest.approx(18 / 60, abs=0.1)
-
-
-def test_guidance_goes_from_the_free_half_to_the_other() -> None:
-    logits = torch.tensor([[[3.0, 1.0]], [[1.0, 2.0]]])
-    assert tool.guided(logits, 2.0).tolist() == [[5.0, 0.0]]
-    assert tool.guided(logits, 1.0).tolist() == [[3.0, 1.0]]

@@ -59,7 +59,7 @@ from vlmopt.digit_codes import (
 )
 from vlmopt.digit_diffusion import labels_in_turn, pixels_of
 from vlmopt.digits import CELL_PIXELS
-from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.distribution import Sampling, guided
 
 LAYERS = 8
 HIDDEN = 160
@@ -316,11 +316,6 @@ def draft_data(
     return found
 
 
-def guided(logits: Tensor, scale: float) -> Tensor:
-    """Logits under guidance, of ``[2, ...]``: with the class first."""
-    return logits[1] + scale * (logits[0] - logits[1])
-
-
 def guess(head: nn.Module, model: Any, codes: Tensor, features: Tensor) -> Tensor:
     """What the draft head takes the features of codes to be, from those of the tokens before.
 
@@ -369,7 +364,7 @@ def train_draft_head(
         )
         distance = F.smooth_l1_loss(guesses, wanted)
         plain = F.cross_entropy(logits.flatten(0, 2), meant.softmax(-1).flatten(0, 2))
-        ours, theirs = guided(logits, scale), guided(meant, scale)
+        ours, theirs = guided(logits, scale)[0], guided(meant, scale)[0]
         cross = F.cross_entropy(ours.flatten(0, 1), theirs.softmax(-1).flatten(0, 1))
         loss = distance + LOGIT_WEIGHT * plain + GUIDED_WEIGHT * cross
         descend(loss, optimizer, head, learning_rate(progress, options.lr))
@@ -404,13 +399,12 @@ def agreement(
 ) -> Agreement:
     """Measures it on codes ``[N, TOKENS]`` that the model drew under guidance of this scale."""
     features = Sequences.of(model, codes, labels).features.float()
-    chances = Sampling(top_k=SAMPLING.top_k, guidance=scale).distribution(
-        model.lm_head(features[:, :, 1:]).flatten(0, 1)
-    )
+    meant = guided(model.lm_head(features[:, :, 1:]), scale)[0]
+    chances = Sampling(top_k=SAMPLING.top_k).distribution(meant)
     best = chances.argmax(-1)
     places = TOKENS - 1
     found = guess(head, model, codes[:, :-1], features[:, :, :-1])
-    ranked = guided(model.lm_head(found), scale).topk(max(MEASURED_TOP), dim=-1).indices
+    ranked = guided(model.lm_head(found), scale)[0].topk(max(MEASURED_TOP), dim=-1).indices
     top = tuple(
         float((ranked[..., :k] == best[..., None]).any(-1).float().mean()) for k in MEASURED_TOP
     )
@@ -422,7 +416,7 @@ def agreement(
         seen = torch.cat([features[:, :, :start], found[:, :, start - 1 : start]], 2)
         for depth in range(1, MEASURED_DEPTHS):
             more = guess(head, model, codes[:, : start + depth], seen)[:, :, -1:]
-            first = guided(model.lm_head(more), scale)[:, 0].argmax(-1)
+            first = guided(model.lm_head(more), scale)[0, :, 0].argmax(-1)
             hits[depth - 1] += (first == best[:, start + depth - 1]).float().mean()
             seen = torch.cat([seen, more], 2)
     return Agreement(scale, top, mass, (top[0], *(hits / last).tolist()))

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from vlmopt.digit_diffusion import CLASSES
 from vlmopt.digits import CELL_PIXELS
 from vlmopt.errors import OptionError
-from vlmopt.speculative.distribution import Sampling
+from vlmopt.speculative.distribution import Sampling, guided
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -220,6 +220,11 @@ def prompts(labels: Sequence[int] | Tensor) -> Tensor:
     return torch.cat([CODES + told, torch.full_like(told, NO_CLASS)])
 
 
+def only_codes(index: int) -> Tensor:
+    """Which tokens may stand at a place of an image: the codes, bool ``[VOCABULARY]``."""
+    return torch.arange(VOCABULARY) < CODES
+
+
 @torch.no_grad()
 def sample(
     model: Any, labels: Sequence[int] | Tensor, sampling: Sampling = SAMPLING, *, seed: int = 0
@@ -243,7 +248,10 @@ def sample(
     for _ in range(TOKENS):
         found = model(input_ids=given, past_key_values=cache, use_cache=True)
         cache = found.past_key_values
-        chances = sampling.distribution(found.logits[:, -1:, :CODES])[:, 0]
+        logits = found.logits[:, -1, :CODES]
+        if sampling.guidance is not None:
+            logits = guided(logits, sampling.guidance)
+        chances = sampling.distribution(logits)
         if sampling.greedy:
             code = chances.argmax(-1, keepdim=True)
         else:

@@ -440,18 +440,19 @@ def test_the_tool_times_denoising_loops(
 
     def measure(size: loops.Size, **options: Any) -> loops.Loop:
         given.append((size, options["batch"], options["steps"], options["dtype"]))
-        times = {name: [2.0, 2.0] for name in loops.BASELINES}
-        ways = {"fixed-interval{interval=2}": loops.Way(0.5, 1.9)}
-        times |= {name: [1.0, 1.0] for name in ways}
+        way = loops.Way("fixed-interval{interval=2}", "onednn", 0.5, 1.9)
+        ways = {way.key: way}
+        times = {loops.BASELINE: [2.0, 2.0], way.key: [1.0, 1.0]}
         return loops.Loop(size, "float32", options["batch"], 4, 0.1, ways, times, {}, {})
 
     monkeypatch.setattr(loops, "measure", measure)
     assert tool.main(["dit", "--size", "2x64", "--tokens", "16", "--steps", "4", "-q"]) == 0
     size = loops.Size(2, 64, 16)
     assert given == [(size, batch, 4, torch.float32) for batch in (1, 2)]
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[4].split("|")]
-    assert cells[4:9] == [
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("|")]
+    assert cells[4:10] == [
         "fixed-interval{interval=2}",
+        "onednn",
         "50 %",
         "1000.0 ms",
         "2.00 (2.00-2.00)",

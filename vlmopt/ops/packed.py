@@ -61,6 +61,6 @@ for _key in ("CPU", "MkldnnCPU"):  # the latter is that of packed weights
     _library.impl("packed_linear", linear, _key)
 
 
-@torch.library.register_fake("vlmopt::packed_linear")
+@torch.library.register_fake("vlmopt::packed_linear")  # type: ignore[untyped-decorator]
 def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], weight.shape[0])
