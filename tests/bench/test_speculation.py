@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from vlmopt.speculative.capture import DraftTree
 
 
 def test_all_settings_draw_the_same_images_in_turns() -> None:
-    model = speculation.random("1x64", 3)
+    model = replace(speculation.random("1x64", 3), tokens=24, tree=DraftTree(2, 3, 6))
     results, tokens = speculation.measure(model, backend="eager")
     assert [one.name for one in results] == [setting.name for setting in SETTINGS]
     by_name = {one.name: one for one in results}
@@ -29,12 +31,12 @@ def test_all_settings_draw_the_same_images_in_turns() -> None:
 
 
 def test_digits_are_judged() -> None:
-    model = speculation.digits(20)
+    model = speculation.digits(10)
     settings = (Setting(None), Setting("never"))
     results, tokens = speculation.measure(model, settings, backend="eager")
     for one in results:
         judged, images = speculation.judged(one, tokens[one.name])
-        assert images.shape == (20, 1, 16, 16)
+        assert images.shape == (10, 1, 16, 16)
         assert judged.accuracy is not None and judged.accuracy >= 0.7
     assert results[1].statistics.tokens_per_forward > 1.3
     assert not tokens[PLAIN].equal(torch.zeros_like(tokens[PLAIN]))

@@ -77,7 +77,8 @@ def _require_causal(stage: Stage) -> None:
     drop_constant_masks(stage.graph, given)
     remove_unused(stage)
     for attention in _attentions(stage):
-        if not is_causal(attention) or attention_mask(attention) is not None:
+        alone = stage.facts["tokens"] == 1  # nothing comes later
+        if not (is_causal(attention) or alone) or attention_mask(attention) is not None:
             raise PreconditionError(
                 "a token of a draft attends to what it descends from, and this attention of the "
                 "model hides other tokens than later ones, or hides none",
