@@ -25,6 +25,9 @@ _ATTENTION = aten.scaled_dot_product_attention.default
 
 def may_hold_encoder(gm: fx.GraphModule) -> bool:
     """A glance at a graph as Dynamo made it: most graphs are spared the tracing."""
+    given = [node for node in gm.graph.find_nodes(op="placeholder") if not is_weight(node)]
+    if not any(_is_floating(node.meta["example_value"]) for node in given):
+        return False  # text
     names = [
         getattr(node.target, "__name__", None) or str(node.target)
         for node in gm.graph.nodes
@@ -117,8 +120,11 @@ def takes_images(graph: fx.Graph) -> bool:
 
 
 def _may_be_images(node: fx.Node) -> bool:
-    value = value_of(node)
-    return not is_weight(node) and isinstance(value, Tensor) and value.is_floating_point()
+    return not is_weight(node) and _is_floating(value_of(node))
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _list_of(node: fx.Node) -> str | None:
