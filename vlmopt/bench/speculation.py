@@ -56,13 +56,16 @@ class Setting:
         return PLAIN if self.policy is None else f"{self.policy}, {self.acceptance}"
 
 
+LANTERN = "lantern{delta=0.05 k=3}"
+
 SETTINGS = (
     Setting(None),
     Setting("never"),
-    Setting("never", "lantern{delta=0.2 k=20}"),
-    Setting("uniform{interval=4}", "lantern{delta=0.2 k=20}"),
-    Setting("uniform{interval=2}", "lantern{delta=0.2 k=20}"),
-    Setting("dynamic{threshold=0.65}", "lantern{delta=0.2 k=20}"),
+    Setting("uniform{interval=4}"),
+    Setting("uniform{interval=2}"),
+    Setting("dynamic{threshold=0.65}"),
+    Setting("never", LANTERN),
+    Setting("uniform{interval=4}", LANTERN),
 )
 
 

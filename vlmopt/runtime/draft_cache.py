@@ -121,7 +121,8 @@ class DraftCache:
         slots = torch.tensor(rows, device=self._device)
         shown = torch.from_numpy(visible).to(self._device)
         state = {"slots_0": slots, "visible_0": shown, port.name: found}
-        results = stage({**tokens, **self._state, **state})
+        given = {name: value.to(self._device) for name, value in tokens.items()}
+        results = stage({**given, **self._state, **state})
         self._mask = block.mask[: block.size].numpy()
         self._open += own
         self._offsets += block.offsets[: block.size].tolist()

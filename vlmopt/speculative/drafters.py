@@ -187,7 +187,7 @@ class EagleDrafter(Drafter):
     ) -> dict[str, Tensor]:
         rest = len(block.mask) - features.shape[1]
         values = {
-            "input_ids": block.fill(tokens.to(features.device)),
+            "input_ids": block.fill(tokens),
             "features": torch.nn.functional.pad(features, (0, 0, 0, rest)),
             **guidance_of(sampling),
         }

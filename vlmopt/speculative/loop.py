@@ -252,8 +252,7 @@ class Loop:
     ) -> tuple[Tensor, Tensor]:
         """Hidden states and logits of the places of a block."""
         (port,) = stage.stage.find_outputs(Role.HIDDEN_STATES)
-        device = stage.stage.zeros(stage.stage.find_inputs(Role.INPUT_IDS)[0]).device
-        given = {"input_ids": block.fill(tokens.to(device)), **guidance_of(self.sampling)}
+        given = {"input_ids": block.fill(tokens), **guidance_of(self.sampling)}
         results = self.cache.run(stage, given, block, present)
         return results[port.name], results["logits"]
 
@@ -262,7 +261,7 @@ class Loop:
         scores = logits[0]
         if self.allowed is None:
             return scores
-        for place in places.unique().tolist():
+        for place in {*places.tolist()}:
             mask = self.allowed(place)
             if mask is not None:
                 hidden = (places == place)[:, None] & ~mask.cpu()

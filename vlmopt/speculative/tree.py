@@ -6,8 +6,7 @@ other node comes behind its parent. Trees of one size give tensors of one shape.
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +49,10 @@ def tree_mask(parents: Tensor) -> Tensor:
     Returns:
         bool ``[nodes, nodes]``, queries first.
     """
-    count = len(parents)
-    seen = torch.eye(count, device=parents.device)
-    seen[torch.arange(1, count, device=parents.device), parents[1:]] = 1
-    for _ in range(math.ceil(math.log2(count)) if count > 1 else 0):  # paths twice as long
-        seen = (seen @ seen > 0).float()
-    return seen > 0
+    seen = np.eye(len(parents), dtype=bool)
+    for node, parent in enumerate(parents[1:].tolist(), 1):
+        seen[node] |= seen[parent]
+    return torch.from_numpy(seen).to(parents.device)
 
 
 def paths(parents: Tensor) -> Tensor:
