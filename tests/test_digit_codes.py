@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from vlmopt import digit_codes, digits
 from vlmopt.digit_codes import CODE_WIDTH, CODES, NO_CLASS, TOKENS, VOCABULARY
 from vlmopt.digit_diffusion import labels_in_turn, load_judge, pixels_of
 from vlmopt.errors import OptionError
-from vlmopt.speculative.decoders import text_decoder
 from vlmopt.speculative.distribution import Sampling, guided
 from vlmopt.speculative.eagle import EagleDecoder
 
@@ -95,11 +94,33 @@ def test_prompts_of_both_halves() -> None:
     )
 
 
+def test_logits_of_codes_alone() -> None:
+    given = torch.cat([digit_codes.prompts([8]), torch.tensor([[3, 5], [3, 5]])], 1)
+    with torch.no_grad():
+        found = digit_codes.code_decoder(model())(given).logits
+        assert found.equal(model()(given).logits[..., :CODES])
+    weight = digit_codes.code_decoder(model()).head.weight
+    assert cast(Tensor, weight).data_ptr() == model().lm_head.weight.data_ptr()
+
+
+def test_generate_gives_codes_alone() -> None:
+    """Even where the logits of all digits are the largest."""
+    given = digit_codes.prompts([2])[:1]
+    kept = model().lm_head.weight.data[CODES:].clone()
+    try:
+        model().lm_head.weight.data[CODES:] = model().lm_head.weight.data[:CODES].mean(0) * 30
+        written = model().generate(given)
+    finally:
+        model().lm_head.weight.data[CODES:] = kept
+    assert written.shape == (1, 1 + TOKENS)
+    assert written[:, 1:].max() < CODES
+
+
 def test_seeds_and_guidance_matter() -> None:
     codes = digit_codes.sample(model(), [3])
     assert digit_codes.sample(model(), torch.tensor([3])).equal(codes)
     assert not digit_codes.sample(model(), [3], seed=1).equal(codes)
-    assert not digit_codes.sample(model(), [3], Sampling(top_k=100)).equal(codes)
+    assert not digit_codes.sample(model(), [3], Sampling(top_k=20)).equal(codes)
 
 
 def test_greedy_samples_are_those_of_generate() -> None:
@@ -132,10 +153,10 @@ def test_the_draft_head_knows_the_next_code() -> None:
     head = digit_codes.load_draft_head()
     found = agreement(model(), head, codes, labels, 2.0)
     with torch.no_grad():
-        hidden = text_decoder(model())(
+        logits = digit_codes.code_decoder(model())(
             torch.cat([digit_codes.prompts(labels), codes[:, :-1].repeat(2, 1)], 1)
-        ).hidden_states
-    chances = guided(model().lm_head(hidden[:, 1:]), 2.0).softmax(-1)
+        ).logits
+    chances = guided(logits[:, 1:], 2.0).softmax(-1)
     commonest = chances.argmax(-1).flatten().bincount().max() / chances[..., 0].numel()
     assert found.top[0] > commonest + 0.25
     assert found.top[0] < found.top[1] < found.top[2] <= 1
@@ -144,13 +165,13 @@ def test_the_draft_head_knows_the_next_code() -> None:
 
 
 def test_the_draft_head_runs_with_its_target() -> None:
-    target = text_decoder(model())
+    target = digit_codes.code_decoder(model())
     tokens = torch.cat([digit_codes.prompts([5]), samples()[0][5:6, :20].repeat(2, 1)], 1)
     with torch.no_grad():
         read = target(tokens)
         guessed = EagleDecoder(target, digit_codes.load_draft_head())(
             tokens[:, 1:], read.hidden_states[:, :-1]
         )
-    assert guessed.logits.shape == (2, 20, VOCABULARY)
+    assert guessed.logits.shape == (2, 20, CODES)
     near = (guessed.hidden_states - read.hidden_states[:, 1:]).square().mean()
     assert near < 0.5 * read.hidden_states[:, 1:].var()

@@ -81,10 +81,11 @@ OWN_SHARE = 0.5  # of steps in which the draft head reads features that it guess
 LOGIT_WEIGHT = 0.1  # of cross entropy, to the loss of features
 GUIDED_WEIGHT = 0.3  # of cross entropy under guidance
 GUIDANCE = (1.0, 4.0)  # range of scales under which the draft head is trained
+DRAFT_TOP_K = 100  # of sequences that it learns from: wider than of images, so that it sees more
 
 MEASURED_GUIDANCE = (1.0, 2.0, 3.0, 4.0)
 MEASURED_TOP = (1, 5, 10)
-MEASURED_SEQUENCES = 200  # along which agreement is measured, or as many as there are samples
+MEASURED_SEQUENCES = 100  # along which agreement is measured, or as many as there are samples
 MEASURED_DEPTHS = 4
 
 
@@ -215,7 +216,11 @@ def build_model() -> Any:
     config._attn_implementation = "eager"
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig(
-        do_sample=True, top_k=SAMPLING.top_k, max_new_tokens=TOKENS, **special
+        do_sample=True,
+        top_k=SAMPLING.top_k,
+        max_new_tokens=TOKENS,
+        suppress_tokens=[*range(CODES, VOCABULARY)],
+        **special,
     )
     return model
 
@@ -308,7 +313,7 @@ def draft_data(
     codes = vq.encode(moved(images[chosen], generator))
     found = Sequences.of(model, codes, labels[chosen])
     for number, guidance in enumerate(MEASURED_GUIDANCE):
-        sampling = Sampling(top_k=SAMPLING.top_k, guidance=guidance)
+        sampling = Sampling(top_k=DRAFT_TOP_K, guidance=guidance)
         # far from the seeds of what is measured
         seed = 1_000_000 * (number + 1) + options.seed
         for codes, told in draw_sequences(model, options.sequences // 4, sampling, seed):
@@ -399,12 +404,13 @@ def agreement(
 ) -> Agreement:
     """Measures it on codes ``[N, TOKENS]`` that the model drew under guidance of this scale."""
     features = Sequences.of(model, codes, labels).features.float()
-    meant = guided(model.lm_head(features[:, :, 1:]), scale)[0]
+    logits_of = digit_codes.code_decoder(model).head
+    meant = guided(logits_of(features[:, :, 1:]), scale)[0]
     chances = Sampling(top_k=SAMPLING.top_k).distribution(meant)
     best = chances.argmax(-1)
     places = TOKENS - 1
     found = guess(head, model, codes[:, :-1], features[:, :, :-1])
-    ranked = guided(model.lm_head(found), scale)[0].topk(max(MEASURED_TOP), dim=-1).indices
+    ranked = guided(logits_of(found), scale)[0].topk(max(MEASURED_TOP), dim=-1).indices
     top = tuple(
         float((ranked[..., :k] == best[..., None]).any(-1).float().mean()) for k in MEASURED_TOP
     )
@@ -416,7 +422,7 @@ def agreement(
         seen = torch.cat([features[:, :, :start], found[:, :, start - 1 : start]], 2)
         for depth in range(1, MEASURED_DEPTHS):
             more = guess(head, model, codes[:, : start + depth], seen)[:, :, -1:]
-            first = guided(model.lm_head(more), scale)[0, :, 0].argmax(-1)
+            first = guided(logits_of(more), scale)[0, :, 0].argmax(-1)
             hits[depth - 1] += (first == best[:, start + depth - 1]).float().mean()
             seen = torch.cat([seen, more], 2)
     return Agreement(scale, top, mass, (top[0], *(hits / last).tolist()))
@@ -563,10 +569,13 @@ is the head's first where the head goes on from 1, 2 and 3 features that it gues
 - AdamW, peak learning rate {options.lr:g}, twice that for the autoencoder, cosine decay, batches
   of {options.batch}{", bfloat16 autocast" if options.bfloat16 else ""}. Codes follow moving \
 averages of their features.
-- The draft head learns from {options.sequences} sequences that the model drew under guidance
-  {", ".join(f"{scale:g}" for scale in MEASURED_GUIDANCE)}, and from a quarter as many of the data:
-  smooth L1 of features, {LOGIT_WEIGHT:g} x cross entropy, {GUIDED_WEIGHT:g} x cross entropy under
-  guidance; in half of the steps it reads some features that it guessed itself.
+- The draft head learns from {options.sequences} sequences that the model drew with top-k \
+{DRAFT_TOP_K}
+  under guidance {", ".join(f"{scale:g}" for scale in MEASURED_GUIDANCE)}, and from a quarter as \
+many of the data: smooth L1 of features,
+  {LOGIT_WEIGHT:g} x cross entropy, {GUIDED_WEIGHT:g} x cross entropy under guidance; in half of \
+the steps it reads
+  some features that it guessed itself.
 - Cost: {run.minutes:.0f} minutes on {options.threads} CPU thread(s); seed {options.seed}; \
 torch {torch.__version__},
   transformers {transformers.__version__}.

@@ -28,6 +28,7 @@ from vlmopt.speculative.distribution import Sampling, guided
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+    from vlmopt.speculative.decoders import TokenDecoder
     from vlmopt.speculative.eagle import EagleHead
 
 CODES = 256
@@ -44,7 +45,7 @@ VOCABULARY = NO_CLASS + 1
 """Tokens: the codes, the ten digits, and the one for none."""
 DRAFT_LAYERS = 1
 """Decoder layers of the draft head."""
-SAMPLING = Sampling(top_k=100, guidance=2.0)
+SAMPLING = Sampling(top_k=20, guidance=2.0)
 """How images are drawn unless told otherwise."""
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
@@ -156,7 +157,8 @@ def load_model(dtype: torch.dtype = torch.float32, folder: Path | None = None) -
     """The bundled next-code model in evaluation mode on the CPU, without network access.
 
     Its prompt is one token, see :func:`prompts`; ``TOKENS`` codes follow. No token ends an image:
-    ``generate`` stops there of itself, since the generation configuration says so.
+    ``generate`` stops there of itself, and gives no other tokens than codes, since the generation
+    configuration says so.
 
     Args:
         dtype: of the weights; they are stored in float16.
@@ -171,6 +173,21 @@ def load_model(dtype: torch.dtype = torch.float32, folder: Path | None = None) -
         local_files_only=True,
     )
     return cast("LlamaForCausalLM", model.eval())
+
+
+def code_decoder(model: LlamaForCausalLM) -> TokenDecoder:
+    """The next-code model with logits of the codes alone: no digit is drawn in the place of a code.
+
+    Weights are shared with ``model``.
+    """
+    from vlmopt.speculative.decoders import text_decoder
+
+    decoder = text_decoder(model)
+    head = nn.Linear(model.config.hidden_size, CODES, bias=False)
+    weight = cast(Tensor, decoder.head.weight)
+    head.weight = nn.Parameter(weight[:CODES], requires_grad=False)
+    decoder.head = head
+    return decoder.eval()
 
 
 def load_draft_head(dtype: torch.dtype = torch.float32, folder: Path | None = None) -> EagleHead:
@@ -218,11 +235,6 @@ def prompts(labels: Sequence[int] | Tensor) -> Tensor:
             hint=f"labels are 0 to {CLASSES - 1}; the half without a class is added here",
         )
     return torch.cat([CODES + told, torch.full_like(told, NO_CLASS)])
-
-
-def only_codes(index: int) -> Tensor:
-    """Which tokens may stand at a place of an image: the codes, bool ``[VOCABULARY]``."""
-    return torch.arange(VOCABULARY) < CODES
 
 
 @torch.no_grad()

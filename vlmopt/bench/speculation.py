@@ -98,7 +98,7 @@ class Model:
     Attributes:
         prompts: for each image, int64 ``[2, tokens]``, the condition first.
         tokens: of an image.
-        codebook: ``[codes, width]``; other tokens of the vocabulary are never drawn.
+        codebook: ``[codes, width]``.
     """
 
     decoder: TokenDecoder
@@ -114,7 +114,7 @@ def digits(images: int) -> Model:
     """The bundled model that draws digits, all digits in turn."""
     labels = labels_in_turn(images)
     return Model(
-        text_decoder(digit_codes.load_model()),
+        digit_codes.code_decoder(digit_codes.load_model()),
         digit_codes.load_draft_head(),
         [digit_codes.prompts([label]) for label in labels.tolist()],
         digit_codes.TOKENS,
@@ -187,8 +187,6 @@ def measure(
         else drafting.with_rules(each.policy, each.acceptance)
         for each in settings
     }
-    only_codes = torch.arange(model.decoder.config.vocab_size) < len(model.codebook)
-    allowed = None if bool(only_codes.all()) else lambda index: only_codes
     drawn: dict[str, list[Tensor]] = {name: [] for name in sessions}
     found: dict[str, list[Statistics]] = {name: [] for name in sessions}
 
@@ -199,7 +197,6 @@ def measure(
                 model.prompts[number],
                 max_new_tokens=model.tokens,
                 sampling=model.sampling,
-                allowed=allowed,
                 generator=torch.Generator().manual_seed(number),
             )
             drawn[name].append(result.tokens)
