@@ -316,7 +316,9 @@ def test_compiled(name: str, backend: str) -> None:
         with torch._dynamo.config.patch(recompile_limit=1):  # plans may have many kinds of steps
             found = followed(name, session, guided=True, seed=seed)
         eager = followed(name, wanted, guided=True, seed=seed)
-        assert (found - eager).abs().max() <= 1e-4 * eager.abs().max()
+        # other kernels round otherwise, and guidance enlarges that
+        limit = 1e-4 if backend == "inductor" else 1e-3
+        assert (found - eager).abs().max() <= limit * eager.abs().max()
 
 
 def test_rows_are_written_where_the_state_is() -> None:

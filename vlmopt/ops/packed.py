@@ -53,14 +53,14 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
+def _shape(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
 # defined as the dispatcher's own: torch.library.custom_op takes 10 us more for a call, of which a
 # graph makes a hundred
 _library = torch.library.Library("vlmopt", "FRAGMENT")
 _library.define("packed_linear(Tensor rows, Tensor weight, Tensor? bias) -> Tensor")
 for _key in ("CPU", "MkldnnCPU"):  # the latter is that of packed weights
     _library.impl("packed_linear", linear, _key)
-
-
-@torch.library.register_fake("vlmopt::packed_linear")  # type: ignore[untyped-decorator]
-def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+torch.library.register_fake("vlmopt::packed_linear", _shape)
