@@ -207,7 +207,7 @@ def _masked(stage: Stage, layers: Layers) -> bool:
         if (mask := attention_mask(node)) is not None
         and not any(one.op == "placeholder" for one in reached([mask], sources))
     ]
-    if len(masked) == len(layers):
+    if len(masked) >= len(layers):
         raise PreconditionError(
             f"the blocks of stage {stage.name} take the patches of all images in one row, and a "
             "mask keeps them apart",
