@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmopt.bench import caches, loops
+from vlmopt.bench.timing import Ratio
 from vlmopt.denoising.plan import Action, Choice, Plan, Site
 from vlmopt.denoising.session import DenoiseSession
 from vlmopt.errors import OptionError, VerifyError
@@ -66,7 +67,7 @@ def test_ways_to_run_a_loop() -> None:
     skipped = round(cached.reuse * 6 * 4 / 3)
     assert 0 < skipped < 6
     assert cached.ideal == pytest.approx(6 * full / (6 * full - skipped * 3 * block))
-    assert found.over_captured(own[0]) == loops.Ratio(1, 1, 1)
+    assert found.over_captured(own[0]) == Ratio(1, 1, 1)
     assert found.over_captured(theirs) is None
     document = json.loads(json.dumps(found.to_json()))
     assert document["of_ideal"][own[1]] == pytest.approx(found.speedup(own[1]).value / fixed.ideal)
