@@ -439,24 +439,35 @@ def test_the_tool_times_denoising_loops(
     given: list[Any] = []
 
     def measure(size: loops.Size, **options: Any) -> loops.Loop:
-        given.append((size, options["batch"], options["steps"], options["dtype"]))
-        way = loops.Way("fixed-interval{interval=2}", "onednn", 0.5, 1.9)
-        ways = {way.key: way}
-        times = {loops.BASELINE: [2.0, 2.0], way.key: [1.0, 1.0]}
+        given.append((size, options["batch"], options["steps"], options["backends"]))
+        times = {loops.BASELINE: [3.0, 3.0]}
+        ways: dict[str, loops.Way] = {}
+        for backend in options["backends"]:
+            full = loops.Way(loops.CAPTURED, backend, 0, 1)
+            half = loops.Way("fixed-interval{interval=2}", backend, 0.5, 1.9)
+            ways |= {way.key: way for way in (full, half)}
+            times |= {full.key: [2.0, 2.0], half.key: [1.0, 1.0]}
         return loops.Loop(size, "float32", options["batch"], 4, 0.1, ways, times, {}, {})
 
     monkeypatch.setattr(loops, "measure", measure)
-    assert tool.main(["dit", "--size", "2x64", "--tokens", "16", "--steps", "4", "-q"]) == 0
-    size = loops.Size(2, 64, 16)
-    assert given == [(size, batch, 4, torch.float32) for batch in (1, 2)]
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[3].split("|")]
-    assert cells[4:10] == [
+    size = ["--size", "2x64", "--tokens", "16", "--steps", "4", "-q"]
+    both = ["--batch", "1", "--batch", "2", "--backend", "inductor", "--backend", "onednn"]
+    assert tool.main(["dit", *size, *both]) == 0
+    backends = ["inductor", "onednn"]
+    assert given == [(loops.Size(2, 64, 16), batch, 4, backends) for batch in (1, 2)]
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[6].split("|")]
+    assert cells[4:12] == [
         "fixed-interval{interval=2}",
         "onednn",
         "50 %",
         "1000.0 ms",
-        "2.00 (2.00-2.00)",
+        "3.00 (3.00-3.00)",
         "1.90",
+        "1.58",
+        "2.00 (1.05)",
     ]
+    assert tool.main(["dit", *size]) == 0
+    assert given[2:] == [(loops.Size(2, 64, 16), 1, 4, ("inductor",))]
+    capsys.readouterr()
     assert tool.main(["dit", "--tokens", "17", "-q"]) == 1
     assert capsys.readouterr().err.startswith("error: 17 patches are no square picture\n")
