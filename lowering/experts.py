@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._dynamo import config
 
+import vlmopt.ops  # noqa: F401 - registers vlmopt::computed_rows
 from vlmopt.program import copy_graph
 
 aten = torch.ops.aten

@@ -56,6 +56,30 @@ def test_every_package_has_an_init() -> None:
     assert [name for name in found if not (found[name] / "__init__.py").is_file()] == []
 
 
+FIRST = """
+import os
+import torch, transformers
+import vlmopt
+for name in vlmopt.__all__:
+    if (child := os.fork()) == 0:
+        getattr(vlmopt, name)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to import torch only once")
+def test_any_public_name_may_be_the_first_to_be_used() -> None:
+    """No module relies on another having been imported before."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FIRST],
+        text=True,
+        check=False,
+        stderr=subprocess.PIPE,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["passes", "lowering"])
 def test_the_links_are_relative(name: str) -> None:
     link = ROOT / "vlmopt" / name
