@@ -265,3 +265,10 @@ def test_what_does_not_fit_is_refused() -> None:
         SpeculativeSession(target(), drafter(2), backend="eager")
     with pytest.raises(OptionError, match="is no tree"):
         DraftTree(depth=1, width=2, nodes=4)
+
+
+def test_windows_that_a_draft_is_too_short_to_show() -> None:
+    decoder = text_decoder(model("mistral", sliding_window=70))
+    with pytest.raises(PreconditionError, match="attend by sliding_attention over 70 tokens"):
+        capture_target(decoder, TREE, capacity=80)
+    assert capture_target(decoder, TREE, capacity=70)["verify"].facts["tokens"] == TREE.nodes

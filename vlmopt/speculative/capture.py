@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vlmopt import families
 from vlmopt.artifacts import fingerprint
-from vlmopt.errors import OptionError
+from vlmopt.errors import OptionError, PreconditionError
 from vlmopt.program import Port, Program, Role, Stage
 from vlmopt.rewrite.drafted import drafted_stage
 from vlmopt.rewrite.emit import Emitter
@@ -72,7 +73,8 @@ def capture_target(
 
     Raises:
         CaptureError: the decoder cannot be traced.
-        PreconditionError: see :func:`vlmopt.rewrite.drafted.drafted_stage`.
+        PreconditionError: layers attend within windows shorter than ``capacity``; see
+            :func:`vlmopt.rewrite.drafted.drafted_stage` too.
     """
     places = {VERIFY: tree.nodes, RECOVER: tree.nodes + tree.depth}
     return _capture(decoder, places, tree, capacity, branches)
@@ -93,6 +95,7 @@ def _capture(
     capacity: int,
     branches: int,
 ) -> Program:
+    _require_all_seen(module.config, capacity)
     stages = {
         name: drafted_stage(_forward(module, branches, tokens), capacity, name)
         for name, tokens in places.items()
@@ -110,6 +113,19 @@ def _capture(
         "fingerprint": fingerprint(model_type, module.parameters()),
     }
     return Program(stages, model_type, metadata=metadata).clone()
+
+
+def _require_all_seen(config: Any, capacity: int) -> None:
+    """Raise where layers look back less far than the buffers reach; a short block cannot tell."""
+    kinds = families.attention_kinds(config)
+    window = getattr(config, "sliding_window", None)
+    if kinds and (window is None or window < capacity):
+        raise PreconditionError(
+            f"layers of this {config.model_type} attend by {', '.join(kinds)}"
+            + (f" over {window} tokens" if window else "")
+            + f", and in buffers of {capacity} rows every token sees all before",
+            hint="choose a model whose layers attend to everything, or a smaller capacity",
+        )
 
 
 def _guide(stage: Stage) -> None:
