@@ -43,7 +43,7 @@ class DraftCache:
         self._offsets: list[int] = []
         self._mask = np.zeros((0, 0), dtype=bool)  # of the last block
         # on the host, where what becomes of a draft is decided anyway
-        self._seen = np.zeros((batch, 1, 1, capacity), dtype=bool)
+        self._seen = np.zeros((batch, capacity, 1), dtype=bool)
         # of the token behind the last one that is kept; apart on every branch
         self._position = np.zeros((batch, 1), dtype=np.int64)
 
@@ -75,7 +75,7 @@ class DraftCache:
         for layer, (key, value) in enumerate(past):
             self._state[f"past_key_{layer}"][:, :, rows] = key
             self._state[f"past_value_{layer}"][:, :, rows] = value
-        self._seen[:, 0, 0, rows] = present.cpu().numpy()
+        self._seen[:, rows, 0] = present.cpu().numpy()
         self._kept, self._free = self._free[:tokens], self._free[tokens:]
         self._position[:, 0] = position.cpu().numpy()
 
@@ -101,25 +101,26 @@ class DraftCache:
         if len(self._free) < places:
             raise StreamFullError(
                 f"a block of {places} tokens needs as many free rows of the buffers, and of "
-                f"{self._seen.shape[-1]} rows {len(self._kept) + len(self._open)} are taken",
+                f"{self._seen.shape[1]} rows {len(self._kept) + len(self._open)} are taken",
                 hint="larger buffers, or a shorter sequence",
             )
         rows = self._free[:places]
         own = rows[: block.size]
+        # rows first: they are copied whole
         visible = self._seen.repeat(places, axis=2)
-        visible[..., self._open + rows] = block.mask.numpy()
+        visible[:, self._open + rows] = block.mask.numpy().T
         position = self._position
         if present is not None:
             there = present.cpu().numpy()
-            visible[..., own] &= there[:, None, None]
-            visible[..., range(block.size), own] = True  # itself, or there is nothing
+            visible[:, own] &= there[:, :, None]
+            visible[:, own, range(block.size)] = True  # itself, or there is nothing
             position = position - (~there).sum(1, keepdims=True)
         (port,) = stage.stage.find_inputs(Role.POSITION_IDS)
         shape = stage.stage.placeholder(port).meta["val"].shape
         places_of = np.maximum(position + block.offsets.numpy(), 0)
         found = torch.from_numpy(places_of).to(self._device).expand(shape)
         slots = torch.tensor(rows, device=self._device)
-        shown = torch.from_numpy(visible).to(self._device)
+        shown = torch.from_numpy(visible.transpose(0, 2, 1)[:, None].copy()).to(self._device)
         state = {"slots_0": slots, "visible_0": shown, port.name: found}
         given = {name: value.to(self._device) for name, value in tokens.items()}
         results = stage({**given, **self._state, **state})
@@ -148,11 +149,11 @@ class DraftCache:
             )
         rows = [self._open[node] for node in nodes]
         if present is None:
-            self._seen[..., rows] = True
+            self._seen[:, rows] = True
             self._position += len(rows)
         else:
             there = present.cpu().numpy()
-            self._seen[:, 0, 0, rows] = there
+            self._seen[:, rows, 0] = there
             self._position += there.sum(1, keepdims=True)
         self._kept += rows
         self._free = sorted({*self._free, *self._open} - {*rows})

@@ -137,7 +137,8 @@ class EagleDrafter(Drafter):
             reached.append(each)
             best = (-each).argsort(kind="stable")[:width]
             came = best // behind
-            tokens, sums, nodes, features = pool[-1][best], each[best], size + best, hidden[:, came]
+            tokens, sums, nodes = pool[-1][best], each[best], size + best
+            features = hidden.index_select(1, torch.from_numpy(came).to(hidden.device))
             mask = np.concatenate([mask[came], np.eye(len(best), dtype=bool)], 1)
             size += len(each)
         self._cache.commit([])
