@@ -153,7 +153,7 @@ def test_text_about_images_is_that_of_the_model(name: str) -> None:
     wanted = whole.generate(**inputs, max_new_tokens=24, do_sample=False)
     wanted = wanted[0, inputs["input_ids"].shape[1] :]
     start = prefill(whole, decoder, inputs)
-    capacity = start.present.shape[1] + 24 + 14
+    capacity = start.present.shape[1] + 24 + trees.room
     target = capture_target(decoder, trees, capacity=capacity)
     torch.manual_seed(0)
     drafter = EagleDecoder(decoder, EagleHead.for_target(decoder)).eval()

@@ -251,8 +251,13 @@ def test_compiled_once() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(PreconditionError, match="need 98 rows, and the buffers have 80"):
+    with pytest.raises(PreconditionError, match="need 98 rows, and the buffers of the target"):
         session().generate(ids(4, 1), max_new_tokens=79, sampling=GREEDY)
+    decoder = text_decoder(model())
+    head = EagleDecoder(decoder, EagleHead(decoder.config)).eval()
+    small = session(draft=capture_draft(head, TREE, capacity=20))
+    with pytest.raises(PreconditionError, match="need 29 rows, and the buffers of the drafter"):
+        small.generate(ids(4, 1), max_new_tokens=10)
     with pytest.raises(OptionError, match="guidance is 2"):
         session().generate(ids(4, 1), max_new_tokens=5, sampling=Sampling(guidance=2.0))
     with pytest.raises(OptionError, match="max_new_tokens is 0"):

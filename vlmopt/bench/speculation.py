@@ -167,7 +167,7 @@ def measure(
     Returns:
         Times and counts; and by name of the setting, tokens int64 ``[images, tokens]``.
     """
-    capacity = model.prompts[0].shape[1] + model.tokens + 2 * model.tree.depth + model.tree.nodes
+    capacity = model.prompts[0].shape[1] + model.tokens + model.tree.room
     sizes = {"capacity": capacity, "branches": 2}
     drafter = EagleDecoder(model.decoder, model.head).eval()
     progress("capturing")

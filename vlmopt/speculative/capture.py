@@ -50,6 +50,16 @@ class DraftTree:
     width: int = 10
     nodes: int = 59
 
+    @property
+    def places(self) -> int:
+        """Tokens that a drafter reads at once: a level, or what was accepted."""
+        return max(self.width, self.depth + 1)
+
+    @property
+    def room(self) -> int:
+        """Rows of buffers that a draft takes, beyond those of the prompt and of new tokens."""
+        return self.depth + max(self.depth + self.nodes, self.depth * self.places)
+
     def __post_init__(self) -> None:
         most = 1 + self.width + (self.depth - 1) * self.width**2
         if min(self.depth, self.width) < 1 or not 1 <= self.nodes <= most:
@@ -67,7 +77,7 @@ def capture_target(
     Args:
         decoder: see :func:`vlmopt.speculative.decoders.text_decoder`; eval mode.
         tree: size of drafts.
-        capacity: tokens that are remembered: prompt, new ones, and ``nodes + depth`` more.
+        capacity: rows of buffers: for the prompt, new tokens, and ``tree.room`` more.
         branches: 2 for classifier-free guidance, the condition first, and logits are guided; else
             1.
 
@@ -84,7 +94,7 @@ def capture_draft(
     drafter: EagleDecoder, tree: DraftTree, *, capacity: int, branches: int = 1
 ) -> Program:
     """What writes drafts, as a program of the stage ``draft``; see :func:`capture_target`."""
-    places = {DRAFT: max(tree.width, tree.depth + 1)}
+    places = {DRAFT: tree.places}
     return _capture(drafter, places, tree, capacity, branches)
 
 

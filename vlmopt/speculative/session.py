@@ -74,7 +74,7 @@ class SpeculativeSession:
         self._set_rules(policy, acceptance)
         self.tree = DraftTree(**program.metadata["tree"])
         self.branches = int(program.metadata["branches"])
-        self.capacity = int(program.metadata["capacity"])
+        self._capacities = {"the target": int(program.metadata["capacity"])}
         self._clock = Clock()
         self._verify, self._recover = (
             TimedStage(program[name], backend, self._clock) for name in (VERIFY, RECOVER)
@@ -83,6 +83,7 @@ class SpeculativeSession:
         if isinstance(draft, Program):
             _require_fit(program, draft)
             stage = TimedStage(draft[DRAFT], backend, self._clock)
+            self._capacities["the drafter"] = int(draft.metadata["capacity"])
             self._draft = lambda: EagleDrafter(draft, stage)
         else:
             self._draft = lambda: draft or NoDraft()
@@ -176,14 +177,14 @@ class SpeculativeSession:
                 f"{self.branches} branches of one sequence",
                 hint="give [branches, tokens], the condition first",
             )
-        # the last block begins before the last new token, and all of it is written
-        most = int(shape[1]) + new + self.tree.depth + self.tree.nodes + self.tree.depth
-        if most > self.capacity:
-            raise PreconditionError(
-                f"{int(shape[1])} tokens of prompt, {new} new ones, and a draft need {most} rows, "
-                f"and the buffers have {self.capacity}",
-                hint=f"capture the target with capacity={most}, or more",
-            )
+        most = int(shape[1]) + new + self.tree.room
+        for what, capacity in self._capacities.items():
+            if most > capacity:
+                raise PreconditionError(
+                    f"{int(shape[1])} tokens of prompt, {new} new ones, and a draft need {most} "
+                    f"rows, and the buffers of {what} have {capacity}",
+                    hint=f"capture both with capacity={most}, or more",
+                )
 
 
 def _require_fit(target: Program, draft: Program) -> None:
