@@ -7,7 +7,7 @@ settings draw the same images in turns, each from the same seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -219,10 +219,7 @@ def judged(spoken: Spoken, tokens: Tensor) -> tuple[Spoken, Tensor]:
     """What the judge says of the digits that a setting drew; the images, -1 to 1."""
     images, judge = digit_codes.decode(tokens), load_judge()
     accuracy = judge.accuracy(images, labels_in_turn(len(images)))
-    return (
-        Spoken(spoken.name, spoken.seconds, spoken.statistics, accuracy, judge.distance(images)),
-        images,
-    )
+    return replace(spoken, accuracy=accuracy, distance=judge.distance(images)), images
 
 
 def _together(each: Sequence[Statistics]) -> Statistics:

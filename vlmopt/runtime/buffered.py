@@ -21,10 +21,17 @@ class BufferedStage:
     Args:
         stage: see :func:`~vlmopt.rewrite.buffers.keep_in_buffers`.
         backend: see :func:`vlmopt.optimize`.
+
+    Attributes:
+        position_ids: name of the input that takes positions.
+        positions: its shape.
     """
 
     def __init__(self, stage: Stage, backend: str) -> None:
         self.stage = stage
+        (positions,) = stage.find_inputs(Role.POSITION_IDS)
+        self.position_ids = positions.name
+        self.positions = tuple(stage.placeholder(positions).meta["val"].shape)
         read = {_remembered(port): port.name for port in stage.inputs}
         writes = {
             at: read[_remembered(port)]

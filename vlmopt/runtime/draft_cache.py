@@ -115,13 +115,11 @@ class DraftCache:
             visible[:, own] &= there[:, :, None]
             visible[:, own, range(block.size)] = True  # itself, or there is nothing
             position = position - (~there).sum(1, keepdims=True)
-        (port,) = stage.stage.find_inputs(Role.POSITION_IDS)
-        shape = stage.stage.placeholder(port).meta["val"].shape
         places_of = np.maximum(position + block.offsets.numpy(), 0)
-        found = torch.from_numpy(places_of).to(self._device).expand(shape)
+        found = torch.from_numpy(places_of).to(self._device).expand(stage.positions)
         slots = torch.tensor(rows, device=self._device)
         shown = torch.from_numpy(visible.transpose(0, 2, 1)[:, None].copy()).to(self._device)
-        state = {"slots_0": slots, "visible_0": shown, port.name: found}
+        state = {"slots_0": slots, "visible_0": shown, stage.position_ids: found}
         given = {name: value.to(self._device) for name, value in tokens.items()}
         results = stage({**given, **self._state, **state})
         self._mask = block.mask[: block.size].numpy()

@@ -248,7 +248,6 @@ class _Watched(BufferedStage):
 
     Attributes:
         result: the output that the decoder hands on.
-        positions: shape of the positions that it takes.
     """
 
     def __init__(self, stage: Stage, room: Room, backend: str) -> None:
@@ -256,8 +255,6 @@ class _Watched(BufferedStage):
         super().__init__(stage, backend)
         handed_on = (Role.HIDDEN_STATES, Role.LOGITS)
         self.result = next(port.name for port in stage.outputs if port.role in handed_on)
-        (positions,) = stage.find_inputs(Role.POSITION_IDS)
-        self.positions = tuple(stage.placeholder(positions).meta["val"].shape)
 
 
 @dataclass(frozen=True)

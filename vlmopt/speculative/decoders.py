@@ -32,11 +32,15 @@ class TokenDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         """Logits, the hidden states that they come from, and keys and values, of every token."""
-        result = self.decoder(inputs_embeds=self.embed(input_ids), **kwargs)
-        hidden = result.last_hidden_state
-        return CausalLMOutputWithPast(
-            logits=self.head(hidden), past_key_values=result.past_key_values, hidden_states=hidden
-        )
+        return with_logits(self.decoder(inputs_embeds=self.embed(input_ids), **kwargs), self.head)
+
+
+def with_logits(result: Any, head: nn.Module) -> CausalLMOutputWithPast:
+    """What a decoder gives, and what a head makes of its hidden states."""
+    hidden = result.last_hidden_state
+    return CausalLMOutputWithPast(
+        logits=head(hidden), past_key_values=result.past_key_values, hidden_states=hidden
+    )
 
 
 def text_decoder(model: Any) -> TokenDecoder:

@@ -17,7 +17,7 @@ from transformers import AutoModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmopt import families
-from vlmopt.speculative.decoders import TokenDecoder
+from vlmopt.speculative.decoders import TokenDecoder, with_logits
 
 
 class EagleHead(nn.Module):
@@ -73,8 +73,4 @@ class EagleDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, features: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
         """As :meth:`TokenDecoder.forward`, of tokens and the features of those before them."""
-        result = self.layers(self.embed(input_ids), features, **kwargs)
-        hidden = result.last_hidden_state
-        return CausalLMOutputWithPast(
-            logits=self.head(hidden), past_key_values=result.past_key_values, hidden_states=hidden
-        )
+        return with_logits(self.layers(self.embed(input_ids), features, **kwargs), self.head)
